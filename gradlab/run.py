@@ -1,0 +1,272 @@
+"""Reading a run folder: finished, still being written, or damaged."""
+
+import json
+import math
+import sqlite3
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+from filelock import FileLock, Timeout
+
+from gradlab.checks import UsageError, unknown_name
+from gradlab.run_writer import LOCK_FILE, RECORDS_FILE, RUN_FILE, SCHEMA, is_run
+
+_EMBEDDING = "embedding_"
+
+
+class _Quantity(NamedTuple):
+    dims: tuple[str, ...]
+    coordinates: dict[str, list[Any]]
+    dtype: np.dtype[Any]
+    unit: str
+    estimator: str
+
+
+def open_run(path: str | Path) -> "Run":
+    """Open a run folder for reading.
+
+    Args:
+        path: The run folder, e.g. "runs/demo-hypermarl".
+
+    Returns:
+        The run; what is damaged is listed in its `problems` and the rest can be read.
+
+    Raises:
+        UsageError: If there is no run, or it was written by a newer gradlab.
+    """
+    return Run(Path(path))
+
+
+class Run:
+    """A recorded training run.
+
+    Nothing is executed or unpickled on reading. Records are read when asked for, so a run that is
+    still being written shows its newest update on a new `Run`.
+
+    Attributes:
+        path: The run folder.
+        name: The folder's name.
+        info: What run.json says (empty if that file is lost).
+        problems: A sentence for each thing that is missing or damaged; grows while reading.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise UsageError(f"{path} does not exist. `gradlab runs` lists the runs there are.")
+        if not is_run(path):
+            empty = path.is_dir() and not any(path.iterdir())
+            what = "is an empty folder" if empty else f"holds no run (no {RUN_FILE})"
+            raise UsageError(f"{path} {what}. `gradlab runs` lists the runs there are.")
+        self.path = path
+        self.name = path.resolve().name
+        self.problems: list[str] = []
+        self.info = self._read_info()
+        self._database = self._connect()
+        self._quantities = self._read_quantities()
+        self._salvaged: dict[str, dict[int, bytes]] | None = None
+        if self._database is not None and self._is_truncated():
+            self._salvage("the file is cut off")
+
+    def __repr__(self) -> str:
+        return (
+            f"<gradlab run {self.name!r}: {self.info.get('method', 'unknown method')} on "
+            f"{self.info.get('environment', 'unknown environment')}, {self.state}>"
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The full configuration that the run was started with."""
+        config = self.info.get("config", {})
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def method(self) -> str:
+        """The sharing scheme's registered name, "unknown" if run.json is lost."""
+        return str(self.info.get("method", "unknown"))
+
+    @property
+    def environment(self) -> str:
+        """The environment's registered name, "unknown" if run.json is lost."""
+        return str(self.info.get("environment", "unknown"))
+
+    @property
+    def state(self) -> str:
+        """One of "running", "done", "stopped" (it can be resumed), "failed", "unknown"."""
+        state = str(self.info.get("state", "unknown"))
+        if state == "running" and not self._is_locked():
+            return "stopped"
+        return state
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """Names of the recorded quantities."""
+        return tuple(self._quantities)
+
+    def quantity(self, name: str) -> xr.DataArray:
+        """Read one quantity over all updates at which it was recorded.
+
+        Args:
+            name: One of `quantities`.
+
+        Returns:
+            An array whose first axis is `update`; attributes give unit and estimator.
+
+        Raises:
+            UsageError: If no such quantity is recorded.
+        """
+        if name not in self._quantities:
+            raise unknown_name(f"quantity in {self.path}", name, self._quantities)
+        known = self._quantities[name]
+        shape = [len(known.coordinates[dim]) for dim in known.dims]
+        size = math.prod(shape) * known.dtype.itemsize
+        rows = [(update, data) for update, data in self._rows(name) if len(data) == size]
+        values = np.frombuffer(b"".join(data for _, data in rows), dtype=known.dtype)
+        return xr.DataArray(
+            values.reshape([len(rows), *shape]),
+            dims=("update", *known.dims),
+            coords={"update": [update for update, _ in rows], **known.coordinates},
+            name=name,
+            attrs={"unit": known.unit, "estimator": known.estimator},
+        )
+
+    @cached_property
+    def metrics(self) -> xr.Dataset:
+        """All quantities but the embeddings, on one `update` axis (NaN where not recorded)."""
+        names = [name for name in self._quantities if not name.startswith(_EMBEDDING)]
+        return xr.merge([self.quantity(name) for name in names], join="outer", compat="no_conflicts")
+
+    @cached_property
+    def embeddings(self) -> dict[str, xr.DataArray]:
+        """Agents' embeddings [update, agent, feature] by network ("actor", "critic")."""
+        return {
+            name.removeprefix(_EMBEDDING): self.quantity(name)
+            for name in self._quantities
+            if name.startswith(_EMBEDDING)
+        }
+
+    def _read_info(self) -> dict[str, Any]:
+        try:
+            info = json.loads((self.path / RUN_FILE).read_bytes())
+            if not isinstance(info, dict):
+                raise ValueError("not a JSON object")
+        except FileNotFoundError:
+            self.problems.append(f"{RUN_FILE} is missing: method and settings are unknown")
+            return {}
+        except ValueError:
+            self.problems.append(f"{RUN_FILE} is damaged: method and settings are unknown")
+            return {}
+        self._check_schema(info.get("schema"), RUN_FILE)
+        return info
+
+    def _check_schema(self, schema: object, file: str) -> None:
+        if not isinstance(schema, int) or schema > SCHEMA or schema < 1:
+            raise UsageError(
+                f"{self.path / file} has schema version {schema!r}; this gradlab reads versions "
+                f"1 to {SCHEMA}. Open it with the gradlab that wrote it, or upgrade."
+            )
+
+    def _connect(self) -> sqlite3.Connection | None:
+        file = self.path / RECORDS_FILE
+        if not file.is_file():
+            self.problems.append(f"{RECORDS_FILE} is missing: there are no records")
+            return None
+        # On read-only media a log can't be opened for reading; then nobody writes there either.
+        for mode in ("mode=ro", "immutable=1"):
+            try:
+                database = sqlite3.connect(
+                    f"{file.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False
+                )
+                (version,) = database.execute("PRAGMA user_version").fetchone()
+                database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            except sqlite3.OperationalError:
+                continue
+            except sqlite3.DatabaseError as error:
+                self.problems.append(f"{RECORDS_FILE} can't be read ({error}): there are no records")
+                return None
+            if version:  # 0 while a new file's first transaction is under way
+                self._check_schema(version, RECORDS_FILE)
+            return database
+        self.problems.append(f"{RECORDS_FILE} can't be opened: there are no records")
+        return None
+
+    def _read_quantities(self) -> dict[str, _Quantity]:
+        found: dict[str, _Quantity] = {}
+        if self._database is None:
+            return found
+        columns = "name, dims, coordinates, dtype, unit, estimator"
+        try:
+            for name, dims, coordinates, dtype, unit, estimator in self._database.execute(
+                f"SELECT {columns} FROM quantity ORDER BY rowid"
+            ):
+                found[name] = _Quantity(
+                    tuple(json.loads(dims)),
+                    json.loads(coordinates),
+                    np.dtype(dtype),
+                    unit,
+                    estimator,
+                )
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+            self.problems.append(f"{RECORDS_FILE} is damaged ({error}): only what {len(found)} quantities recorded "
+                "can be read")
+        return found
+
+    def _is_truncated(self) -> bool:
+        """A database file shorter than its header says, with no log that holds the rest."""
+        file = self.path / RECORDS_FILE
+        log = file.with_name(file.name + "-wal")
+        if log.exists() and log.stat().st_size:
+            return False
+        with file.open("rb") as handle:
+            header = handle.read(100)
+        page_size = int.from_bytes(header[16:18], "big")
+        page_size = 65536 if page_size == 1 else page_size
+        return file.stat().st_size < page_size * int.from_bytes(header[28:32], "big")
+
+    def _rows(self, name: str) -> Iterator[tuple[int, bytes]]:
+        if self._salvaged is None and self._database is not None:
+            query = 'SELECT "update", array FROM record WHERE quantity = ? ORDER BY "update"'
+            try:
+                return iter(self._database.execute(query, (name,)).fetchall())
+            except sqlite3.DatabaseError as error:
+                self._salvage(str(error))
+        return iter((self._salvaged or {}).get(name, {}).items())
+
+    def _salvage(self, cause: str) -> None:
+        """Read the records in the order they were written, up to the first that is damaged."""
+        whole: dict[str, dict[int, bytes]] = {}
+        last = -1
+        assert self._database is not None
+        try:
+            for name, update, data in self._database.execute(
+                'SELECT quantity, "update", array FROM record NOT INDEXED ORDER BY rowid'
+            ):
+                if not (isinstance(update, int) and isinstance(data, bytes)):
+                    raise sqlite3.DatabaseError("a record without content")
+                whole.setdefault(name, {})[update] = data
+                last = max(last, update)
+        except sqlite3.DatabaseError:
+            # The update that was being read when the damage was met may lack quantities.
+            for records in whole.values():
+                records.pop(last, None)
+            last -= 1
+        self._salvaged = whole
+        until = f"records are whole up to update {last}" if last >= 0 else "no record is whole"
+        planned = self.info.get("updates")
+        self.problems.append(
+            f"{RECORDS_FILE} is damaged ({cause}): {until}"
+            + (f" of {planned} planned; later ones are missing" if planned else "")
+        )
+
+    def _is_locked(self) -> bool:
+        lock = FileLock(self.path / LOCK_FILE)
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:
+            return True  # a read-only copy: run.json is all there is to go by

@@ -1,0 +1,204 @@
+"""Writing a run folder so that a kill at any moment loses at most the update in flight."""
+
+import json
+import os
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from filelock import FileLock, Timeout
+
+from gradlab.checks import UsageError
+
+SCHEMA = 1
+RUN_FILE = "run.json"
+RECORDS_FILE = "records.sqlite"
+LOCK_FILE = "lock"
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS quantity (
+    name TEXT PRIMARY KEY,
+    dims TEXT NOT NULL,         -- JSON list of axis names
+    coordinates TEXT NOT NULL,  -- JSON object: axis name -> list of labels
+    dtype TEXT NOT NULL,        -- NumPy's name, little-endian
+    unit TEXT NOT NULL,
+    estimator TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS record (
+    quantity TEXT NOT NULL REFERENCES quantity (name),
+    "update" INTEGER NOT NULL,
+    array BLOB NOT NULL         -- C order
+);
+CREATE UNIQUE INDEX IF NOT EXISTS record_by_quantity ON record (quantity, "update");
+"""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader or a crash sees the old one or the new one, never a part.
+
+    Args:
+        path: The file; its folder must exist.
+        data: The whole new content.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether a folder holds a run, whole or damaged.
+
+    Args:
+        path: Any path.
+
+    Returns:
+        Whether one of a run's files stands in it.
+    """
+    return (path / RUN_FILE).is_file() or (path / RECORDS_FILE).is_file()
+
+
+class RunWriter:
+    """The one writer of a run folder.
+
+    Holds an exclusive lock while it lives, so that a second writer is refused and a reader can
+    tell a running run from one that was killed. Use as a context manager: leaving it with an
+    exception marks the run as failed, otherwise the state last set stands.
+
+    Attributes:
+        path: The run folder.
+        notes: Sentences about this writer that its user should be told.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        if is_run(path) and not resume:
+            raise UsageError(
+                f"{path} already holds a run; nothing was overwritten. "
+                "Choose another --out, or add --resume to go on with it."
+            )
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file; a run needs a folder. Choose another --out.")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{path} can't be made: {error.strerror}. Choose another --out.") from None
+        self.path = path
+        self.notes: list[str] = []
+        self._lock = FileLock(path / LOCK_FILE)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"{path} is being written by another process. Wait for it, or choose another --out."
+            ) from None
+        self._info: dict[str, Any] = {"schema": SCHEMA}
+        if (path / RUN_FILE).is_file():
+            self._info = json.loads((path / RUN_FILE).read_bytes())
+        # Autocommit mode: transactions are opened and closed by hand, one for each update.
+        self._database = sqlite3.connect(path / RECORDS_FILE, isolation_level=None)
+        (mode,) = self._database.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":
+            self.notes.append(
+                f"{path} is on a file system without write-ahead logging (journal mode {mode!r}): "
+                "a live reader may have to wait for the writer."
+            )
+        self._database.execute("PRAGMA synchronous=NORMAL")
+        self._database.executescript(_TABLES)
+        self._database.execute(f"PRAGMA user_version={SCHEMA}")
+        self._shapes = {
+            name: (tuple(json.loads(dims)), np.dtype(dtype), json.loads(coordinates))
+            for name, dims, dtype, coordinates in self._database.execute(
+                "SELECT name, dims, dtype, coordinates FROM quantity"
+            )
+        }
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is not None:
+                self.describe(state="failed", error=f"{type(error).__name__}: {error}")
+        finally:
+            self._database.close()
+            self._lock.release()
+
+    def describe(self, **info: Any) -> None:  # noqa: ANN401 -- whatever JSON can hold
+        """Add to, or replace in, what run.json says.
+
+        Args:
+            **info: Entries that JSON can hold, e.g. `state="done"`.
+        """
+        self._info |= info
+        text = json.dumps(self._info, indent=2, sort_keys=True) + "\n"
+        write_atomically(self.path / RUN_FILE, text.encode())
+
+    def write(self, update: int, values: Mapping[str, xr.DataArray]) -> None:
+        """Record the quantities of one update in one transaction.
+
+        Args:
+            update: Number of the update, from 0; each quantity may be recorded once per update.
+            values: Labelled arrays by quantity; attributes `unit` and `estimator` are kept. A
+                quantity's axes, labels and type are those of its first record.
+
+        Raises:
+            ValueError: If a quantity's axes or labels differ from those of its first record.
+        """
+        self._database.execute("BEGIN")
+        try:
+            for name, array in values.items():
+                self._define(name, array)
+                dtype = self._shapes[name][1]
+                data = np.ascontiguousarray(array.to_numpy(), dtype=dtype).tobytes()
+                self._database.execute("INSERT INTO record VALUES (?, ?, ?)", (name, update, data))
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def discard_after(self, update: int) -> None:
+        """Drop the records of all updates after one, to be made again.
+
+        Args:
+            update: The last update to keep; -1 drops all.
+        """
+        self._database.execute('DELETE FROM record WHERE "update" > ?', (update,))
+
+    def _define(self, name: str, array: xr.DataArray) -> None:
+        dims = tuple(str(dim) for dim in array.dims)
+        coordinates = {
+            str(dim): np.asarray(array[dim]).tolist() for dim in array.dims if dim in array.coords
+        }
+        if name in self._shapes:
+            known_dims, _, known_coordinates = self._shapes[name]
+            if (dims, coordinates) != (known_dims, known_coordinates):
+                raise ValueError(
+                    f"`{name}` must keep its axes {known_dims} and their labels. Got {dims} with "
+                    f"{coordinates}, first recorded with {known_coordinates}."
+                )
+            return
+        dtype = array.dtype.newbyteorder("<")
+        row = (
+            name,
+            json.dumps(dims),
+            json.dumps(coordinates),
+            dtype.str,
+            array.attrs.get("unit", ""),
+            array.attrs.get("estimator", ""),
+        )
+        self._database.execute("INSERT INTO quantity VALUES (?, ?, ?, ?, ?, ?)", row)
+        self._shapes[name] = (dims, dtype, coordinates)
