@@ -1,0 +1,111 @@
+"""One record of diagnostics: everything above, for every network, as labelled arrays."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from gradlab.decomposition import Surrogate, decompose, policy_parameters
+from gradlab.interference import interference
+from gradlab.variance import variance
+
+Level = Literal["off", "light", "full"]
+LEVELS: tuple[Level, ...] = ("off", "light", "full")
+
+RECORDED = ("cosine", "magnitude_similarity", "norm", "conflict_rate", "mean_cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One trained network as the diagnostics see it.
+
+    Attributes:
+        generator: Makes the policy parameters, as for `decompose`; left untouched.
+        surrogate: Loss of one sample.
+        batch: Tensors [agent, sample, ...] by name.
+    """
+
+    generator: nn.Module
+    surrogate: Surrogate
+    batch: Mapping[str, Tensor]
+
+
+def diagnose(networks: Mapping[str, Network], level: Level) -> dict[str, xr.DataArray]:
+    """Diagnose every network on its batch.
+
+    Computed in float64 on a copy, so that the residual measures the decomposition and not the
+    cancellation of float32 sums; parameters, `.grad`, buffers and random states stay as they are.
+
+    Args:
+        networks: Networks by name, e.g. "actor" and "critic".
+        level: "light": cosines, conflict rate, norms, residual; "full": the variance split as
+            well, which needs per-sample gradients; "off": nothing.
+
+    Returns:
+        Quantities by name with a leading `network` axis, NaN for a layer that a network lacks; and
+        `embedding_<network>` over (agent, feature) for generators with a `representation`.
+    """
+    if level == "off":
+        return {}
+    datasets: dict[str, xr.Dataset] = {}
+    embeddings: dict[str, xr.DataArray] = {}
+    for name, network in networks.items():
+        generator = copy.deepcopy(network.generator).double()
+        batch = {
+            key: tensor.double() if tensor.is_floating_point() else tensor
+            for key, tensor in network.batch.items()
+        }
+        parts = decompose(generator, network.surrogate, batch)
+        dataset = interference(parts)[list(RECORDED)]
+        dataset["residual"] = xr.DataArray(
+            parts.residual,
+            attrs={"unit": "1", "estimator": "|sum_i J_i^T Z_i - autograd| / |autograd|"},
+        )
+        if level == "full":
+            theta = policy_parameters(generator, parts.z.shape[0])
+            dataset = dataset.merge(variance(parts, network.surrogate, theta, batch))
+        datasets[name] = dataset
+        embedding = embedding_of(network.generator)
+        if embedding is not None:
+            embeddings[f"embedding_{name}"] = embedding
+    joined = xr.concat(
+        datasets.values(),
+        dim=xr.Variable("network", list(datasets)),
+        join="outer",
+        combine_attrs="override",
+    )
+    joined = joined.reindex(layer=_in_order([list(d.layer.values) for d in datasets.values()]))
+    return {str(name): array for name, array in joined.data_vars.items()} | embeddings
+
+
+def embedding_of(generator: nn.Module) -> xr.DataArray | None:
+    """What tells agents apart in a generator, one row for each agent.
+
+    Args:
+        generator: A generator; one with a method `representation` returns there a tensor
+            [agent, feature] and a sentence that says what it is.
+
+    Returns:
+        The rows in float32, labelled; None if the generator has no such method.
+    """
+    represent = getattr(generator, "representation", None)
+    if represent is None:
+        return None
+    with torch.no_grad():
+        rows, what = represent()
+    agents, features = rows.shape
+    return xr.DataArray(
+        rows.float().cpu().numpy().copy(),
+        dims=("agent", "feature"),
+        coords={"agent": range(agents), "feature": range(features)},
+        attrs={"unit": "1", "estimator": what},
+    )
+
+
+def _in_order(lists: list[list[str]]) -> list[str]:
+    """All labels of several lists, each once, in order of first appearance."""
+    return list(dict.fromkeys(label for labels in lists for label in labels))

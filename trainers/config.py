@@ -1,0 +1,87 @@
+"""Every setting of a training run, its default and its meaning, in one place."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PPOConfig(_Section):
+    """Proximal policy optimisation (Schulman et al., 2017)."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="Adam's step size")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="Adam's epsilon")
+    epochs: PositiveInt = Field(4, description="passes over each rollout")
+    minibatches: PositiveInt = Field(4, description="parts that a rollout is cut into per pass")
+    clip: Annotated[float, Field(gt=0)] = Field(0.2, description="clip range of the policy ratio")
+    clip_value: bool = Field(True, description="clip the value loss by the same range")
+    discount: Fraction = Field(0.99, description="discount factor gamma")
+    gae_lambda: Fraction = Field(0.95, description="lambda of generalised advantage estimation")
+    entropy_coefficient: NonNegative = Field(0.01, description="weight of the entropy bonus")
+    value_coefficient: NonNegative = Field(0.5, description="weight of the value loss")
+    max_gradient_norm: Annotated[float, Field(gt=0)] = Field(
+        0.5, description="clip the gradient's norm; nops clips each agent's own gradient"
+    )
+
+
+class NetworkConfig(_Section):
+    """The policy and value networks that every method uses or generates."""
+
+    hidden: tuple[PositiveInt, ...] = Field((64, 64), description="widths of the hidden layers")
+    activation: Literal["tanh", "relu"] = Field("tanh", description="hidden activation")
+
+
+class HypernetworkConfig(_Section):
+    """The generator of the hypermarl methods."""
+
+    embedding: Literal["default", "learned", "one-hot"] = Field(
+        "default",
+        description="what the hypernetwork reads; default: learned for hypermarl, "
+        "one-hot for hypermarl-linear",
+    )
+    embedding_size: PositiveInt = Field(8, description="size of a learned embedding")
+    hidden: tuple[PositiveInt, ...] = Field((64,), description="widths of hypermarl's trunks")
+    scaled_init: bool = Field(
+        True,
+        description="scale the weight heads so that generated layers start with PPO's gains; "
+        "false: as in the official code",
+    )
+
+
+class TrainConfig(_Section):
+    """One training run."""
+
+    method: str = Field("hypermarl", description="sharing scheme")
+    algorithm: Literal["ippo"] = Field("ippo", description="learning algorithm")
+    env: str = Field("specialisation", description="environment")
+    env_args: dict[str, JsonValue] = Field(
+        default_factory=dict, description="keyword arguments to the environment"
+    )
+    agents: int | None = Field(None, description="number of agents (default: the environment's)")
+    frames: PositiveInt = Field(
+        250_000, description="environment steps, summed over copies; one frame moves all agents"
+    )
+    copies: PositiveInt = Field(64, description="environment copies stepped at once")
+    steps: PositiveInt = Field(32, description="steps of every copy in one rollout")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of everything random")
+    threads: PositiveInt = Field(1, description="torch threads; more is often slower here")
+    diagnostics: Literal["off", "light", "full"] = Field(
+        "full", description="light: conflict and norms; full: gradient variance as well"
+    )
+    every: PositiveInt = Field(10, description="diagnose every this many updates")
+    checkpoint_every: PositiveInt = Field(20, description="checkpoint every this many updates")
+    ppo: PPOConfig = Field(default_factory=PPOConfig)
+    network: NetworkConfig = Field(default_factory=NetworkConfig)
+    hypernetwork: HypernetworkConfig = Field(default_factory=HypernetworkConfig)
+
+    @property
+    def updates(self) -> int:
+        """Number of updates: rollouts needed for the frames, rounded up."""
+        return -(-self.frames // (self.copies * self.steps))

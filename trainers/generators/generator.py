@@ -1,0 +1,93 @@
+"""What every sharing scheme is: a map from trained parameters to each agent's policy parameters."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator as RandomGenerator
+from torch import Tensor, nn
+
+from trainers.networks import MLP, Theta
+
+
+class Generator(nn.Module, ABC):
+    """theta_i = h(psi, i): makes the parameters of one network for every agent.
+
+    Attributes:
+        agents: Number of agents.
+        mlp: The network whose parameters are made.
+    """
+
+    def __init__(self, mlp: MLP, agents: int) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.agents = agents
+
+    @abstractmethod
+    def forward(self, agents: Int[Tensor, " agent"]) -> Theta:
+        """Make the policy parameters of some agents.
+
+        Args:
+            agents: Numbers of the agents.
+
+        Returns:
+            Tensors [agent, ...] by name, or [1, ...] where all agents share the tensor.
+        """
+
+    @abstractmethod
+    def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
+        """What tells the agents apart: their embeddings, or what stands in for them.
+
+        Returns:
+            One row for each agent, and a sentence that says what the rows are.
+        """
+
+    def all_agents(self) -> Theta:
+        """Make every agent's policy parameters.
+
+        Returns:
+            As `forward`, for all agents in order.
+        """
+        return self(torch.arange(self.agents))
+
+    def clip_gradients(self, max_norm: float) -> None:
+        """Clip each separately trained part's gradient by its own norm, in place.
+
+        Args:
+            max_norm: The largest norm left.
+        """
+        nn.utils.clip_grad_norm_(self.parameters(), max_norm)
+
+    def layer_of(self, parameter: str) -> str:
+        """Name the policy layer that a trained parameter belongs to.
+
+        Args:
+            parameter: Its name in `named_parameters`.
+
+        Returns:
+            A layer's name.
+        """
+        return parameter.partition("/")[0]
+
+
+def initial_theta(mlp: MLP, random: RandomGenerator, *, id_columns: int = 0) -> Theta:
+    """Draw a network's parameters as PPO implementations do.
+
+    Orthogonal weights with the layers' gains, biases and log standard deviations 0.
+
+    Args:
+        mlp: The network's form.
+        random: Source of randomness.
+        id_columns: Number of further inputs to the first layer.
+
+    Returns:
+        Tensors by name, without an agent axis; the first weight has the further columns last.
+    """
+    theta: Theta = {}
+    for position, (layer, (outputs, inputs)) in enumerate(mlp.layers.items()):
+        weight = torch.empty(outputs, inputs + (id_columns if position == 0 else 0))
+        theta[f"{layer}.weight"] = nn.init.orthogonal_(weight, mlp.gain(layer), generator=random)
+        theta[f"{layer}.bias"] = torch.zeros(outputs)
+    if mlp.log_std_size:
+        theta["log_std"] = torch.zeros(mlp.log_std_size)
+    return theta

@@ -1,0 +1,142 @@
+"""Action distributions on top of a network's output, as functions per sample or batched."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from trainers.envs.vector_env import Box, Discrete
+from trainers.networks import MLP, Theta, per_agent
+
+
+class Policy(ABC):
+    """A stochastic policy pi(action | observation; theta)."""
+
+    network: MLP
+
+    @abstractmethod
+    def sample(self, theta: Theta, observation: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Draw actions.
+
+        Args:
+            theta: Policy parameters with an agent axis.
+            observation: Observations [agent, sample, obs].
+            generator: Source of randomness.
+
+        Returns:
+            Actions and their log-probabilities [agent, sample].
+        """
+
+    @abstractmethod
+    def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of given actions, and the entropy.
+
+        Args:
+            theta: Policy parameters, with or without an agent axis.
+            observation: Observations [*batch, obs].
+            action: Actions [*batch] or [*batch, action].
+
+        Returns:
+            Both, of shape [*batch], in nats.
+        """
+
+    def to_env(self, action: Tensor) -> Tensor:
+        """Turn an action into one that the environment takes.
+
+        Args:
+            action: What `sample` returned.
+
+        Returns:
+            The action for the environment.
+        """
+        return action
+
+
+@dataclass(frozen=True, kw_only=True)
+class Categorical(Policy):
+    """A distribution over numbered actions; the network's outputs are logits."""
+
+    network: MLP
+
+    def sample(self, theta: Theta, observation: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Draw actions; see `Policy.sample`."""  # noqa: DOC201
+        log_p = self.network.forward(theta, observation).log_softmax(-1)
+        flat = torch.multinomial(log_p.exp().flatten(0, -2), 1, generator=generator)
+        action = flat.view(log_p.shape[:-1])
+        return action, log_p.gather(-1, action[..., None]).squeeze(-1)
+
+    def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy; see `Policy.evaluate`."""  # noqa: DOC201
+        log_p = self.network.forward(theta, observation).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(-1, action[..., None]).squeeze(-1), entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian(Policy):
+    """A diagonal Gaussian with a state-independent log standard deviation.
+
+    The network's outputs are means in units of half the action range from its middle; what the
+    environment gets is clipped to its box, the log-probability is that of the unclipped action.
+    """
+
+    network: MLP
+    box: Box
+
+    def sample(self, theta: Theta, observation: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Draw actions; see `Policy.sample`."""  # noqa: DOC201
+        mean = self.network.forward(theta, observation)
+        log_std = per_agent(theta["log_std"], mean)
+        noise = torch.randn(mean.shape, generator=generator)
+        return mean + log_std.exp() * noise, _log_density(noise, log_std)
+
+    def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy; see `Policy.evaluate`."""  # noqa: DOC201
+        mean = self.network.forward(theta, observation)
+        log_std = per_agent(theta["log_std"], mean)
+        noise = (action - mean) * torch.exp(-log_std)
+        entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        return _log_density(noise, log_std), entropy
+
+    def to_env(self, action: Tensor) -> Tensor:
+        """Scale to the action range and clip to it; see `Policy.to_env`."""  # noqa: DOC201
+        middle = (self.box.high + self.box.low) / 2
+        half = (self.box.high - self.box.low) / 2
+        return torch.clamp(middle + half * action, self.box.low, self.box.high)
+
+
+def _log_density(noise: Tensor, log_std: Tensor) -> Tensor:
+    return (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def make_policy(
+    observation_size: int,
+    action_space: Discrete | Box,
+    *,
+    hidden: tuple[int, ...],
+    activation: str,
+) -> Policy:
+    """Make the policy that fits an action space.
+
+    Args:
+        observation_size: Length of an observation.
+        action_space: What the environment takes.
+        hidden: Widths of the hidden layers.
+        activation: "tanh" or "relu".
+
+    Returns:
+        The policy; its head starts with gain 0.01, so that first actions hardly depend on it.
+    """
+    discrete = isinstance(action_space, Discrete)
+    outputs = action_space.n if isinstance(action_space, Discrete) else len(action_space.low)
+    network = MLP(
+        sizes=(observation_size, *hidden, outputs),
+        activation=activation,
+        head_gain=0.01,
+        log_std_size=0 if discrete else outputs,
+    )
+    if isinstance(action_space, Box):
+        return Gaussian(network=network, box=action_space)
+    return Categorical(network=network)
