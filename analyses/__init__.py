@@ -1,0 +1,1 @@
+"""Analyses: from recorded runs to labelled tables."""

@@ -1,0 +1,1 @@
+"""Trainers: sharing schemes, environments, PPO and the one training loop."""

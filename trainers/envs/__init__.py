@@ -1,0 +1,48 @@
+"""Environments by name."""
+
+import difflib
+from collections.abc import Mapping
+
+from gradlab.checks import UsageError, check
+from trainers.envs.matrix_games import NAMES, MatrixGame
+from trainers.envs.vector_env import VectorEnv
+from trainers.envs.vmas import VmasEnv, scenario_names
+
+_VMAS = "vmas/"
+
+
+def make_env(
+    name: str,
+    *,
+    copies: int,
+    agents: int | None = None,
+    seed: int = 0,
+    args: Mapping[str, object] | None = None,
+) -> VectorEnv:
+    """Make an environment by its registered name.
+
+    Args:
+        name: E.g. "specialisation" or "vmas/navigation".
+        copies: Number of copies stepped at once.
+        agents: Number of agents; None for the environment's own default.
+        seed: Seed of all its randomness.
+        args: Keyword arguments to the environment.
+
+    Returns:
+        The environment, to be reset before its first step.
+
+    Raises:
+        UsageError: If the name, an argument or a number is not one that exists.
+    """
+    check(copies >= 1, "copies", "be at least 1", copies)
+    check(agents is None or agents >= 1, "agents", "be at least 1", agents)
+    args = args or {}
+    if name in NAMES:
+        return MatrixGame(name, copies=copies, agents=agents, args=args)
+    if name.startswith(_VMAS):
+        scenario = name.removeprefix(_VMAS)
+        return VmasEnv(scenario, copies=copies, agents=agents, seed=seed, args=args)
+    known = [*NAMES, *(_VMAS + scenario for scenario in scenario_names())]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"Unknown environment {name!r}.{hint} Known: {', '.join(known)}.")

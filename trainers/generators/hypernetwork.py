@@ -1,0 +1,152 @@
+"""Hypernetworks: each agent's network is made from its embedding (HyperMARL, section 4)."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator as RandomGenerator
+from torch import Tensor, nn
+
+from trainers.generators.generator import Generator
+from trainers.networks import MLP, Theta
+
+
+class HyperNetwork(Generator):
+    """theta_i = h(e_i): for each weight and bias of each layer, a trunk and a linear head.
+
+    With no hidden layers the head reads the embedding itself (the linear hypernetwork).
+
+    Attributes:
+        embedding: Learned embeddings [agent, feature], or the fixed one-hot IDs.
+    """
+
+    def __init__(
+        self,
+        mlp: MLP,
+        agents: int,
+        random: RandomGenerator,
+        *,
+        embedding_size: int | None,
+        hidden: tuple[int, ...],
+        scaled_init: bool,
+    ) -> None:
+        """Draw the initial parameters.
+
+        Args:
+            mlp: The network to generate.
+            agents: Number of agents.
+            random: Source of randomness.
+            embedding_size: Size of a learned embedding; None for fixed one-hot IDs.
+            hidden: Widths of the trunks' ReLU layers.
+            scaled_init: Scale the weight heads to PPO's gains, see `gain_scales`.
+        """
+        super().__init__(mlp, agents)
+        self.embedding: Tensor
+        if embedding_size is None:
+            self.register_buffer("embedding", torch.eye(agents))
+        else:
+            table = torch.empty(agents, embedding_size)
+            self.embedding = nn.Parameter(
+                nn.init.orthogonal_(table, math.sqrt(2), generator=random)
+            )
+        self.learned = embedding_size is not None
+        self.shapes = {
+            f"{layer}.{kind}": shape
+            for layer, (outputs, inputs) in mlp.layers.items()
+            for kind, shape in (("weight", (outputs, inputs)), ("bias", (outputs,)))
+        }
+        self.parts = nn.ModuleDict()
+        for name, shape in self.shapes.items():
+            trunk = _trunk((self.embedding.shape[1], *hidden), random)
+            head = nn.Linear((self.embedding.shape[1], *hidden)[-1], math.prod(shape))
+            with torch.no_grad():
+                head.weight.zero_()
+                head.bias.zero_()
+                if len(shape) == 2:
+                    gain = mlp.gain(name.partition(".")[0])
+                    units = _orthogonal_stack(head.in_features, shape, gain, random)
+                    if scaled_init:
+                        features = trunk(self.embedding)
+                        units *= gain_scales(features, units, gain)[:, None, None]
+                    head.weight.copy_(units.flatten(1).mT)
+            self.parts[name.replace(".", "/")] = nn.ModuleDict({"trunk": trunk, "head": head})
+        if mlp.log_std_size:
+            self.log_std = nn.Parameter(torch.zeros(mlp.log_std_size))
+
+    def forward(self, agents: Int[Tensor, " agent"]) -> Theta:
+        """See `Generator.forward`."""  # noqa: DOC201
+        e = self.embedding[agents]
+        theta: Theta = {}
+        for name, shape in self.shapes.items():
+            part = self.parts[name.replace(".", "/")]
+            assert isinstance(part, nn.ModuleDict)
+            theta[name] = part["head"](part["trunk"](e)).view(-1, *shape)
+        if self.mlp.log_std_size:
+            theta["log_std"] = self.log_std[None]
+        return theta
+
+    def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
+        """See `Generator.representation`."""  # noqa: DOC201
+        if self.learned:
+            return self.embedding.detach(), "learned agent embeddings"
+        rows = torch.cat([t.detach().flatten(1) for t in self.all_agents().values()
+                          if len(t) == self.agents], dim=1)
+        return rows, "each agent's generated weights (its embedding is a fixed one-hot)"
+
+    def layer_of(self, parameter: str) -> str:
+        """See `Generator.layer_of`."""  # noqa: DOC201
+        return parameter.removeprefix("parts.").partition("/")[0]
+
+
+def gain_scales(
+    features: Float[Tensor, "agent feature"],
+    units: Float[Tensor, "feature outputs inputs"],
+    gain: float,
+) -> Float[Tensor, " feature"]:
+    r"""Factors that give every agent's generated weight a wanted gain.
+
+    Agent i's weight is :math:`\sum_f s_f z_{if} U_f`. Its gain is its root mean square singular
+    value, :math:`\|W_i\|_F / \sqrt{\min(in, out)}`. Starting from equal factors, Newton steps of
+    least norm solve :math:`\|W_i\|_F^2 = gain^2 \min(in, out)` for all agents; with more agents
+    than features they find the least-squares compromise.
+
+    Args:
+        features: What the trunk makes of each agent's embedding.
+        units: One matrix for each feature.
+        gain: The wanted gain.
+
+    Returns:
+        The factors.
+    """
+    z = features.double()
+    flat = units.double().flatten(1)
+    gram = (flat @ flat.mT) / (gain**2 * min(units.shape[1:]))
+    forms = z[:, :, None] * gram * z[:, None, :]  # agent i's squared gain is s' forms[i] s
+    ones = torch.ones(z.shape[1], dtype=z.dtype)
+    squared = torch.einsum("f,ifg,g->i", ones, forms, ones)
+    scales = ones / squared.mean().sqrt()
+    for _ in range(8):
+        rows = forms @ scales  # half the Jacobian of the squared gains
+        error = 1 - rows @ scales
+        scales = scales + torch.linalg.lstsq(2 * rows, error[:, None], driver="gelsd").solution[:, 0]
+    return scales.to(units.dtype)
+
+
+def _trunk(widths: tuple[int, ...], random: RandomGenerator) -> nn.Sequential:
+    """ReLU layers as flax starts them: LeCun-normal weights, biases 0."""
+    modules: list[nn.Module] = []
+    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+        layer = nn.Linear(inputs, outputs)
+        with torch.no_grad():
+            layer.weight.normal_(0, math.sqrt(1 / inputs), generator=random)
+            layer.bias.zero_()
+        modules += [layer, nn.ReLU()]
+    return nn.Sequential(*modules)
+
+
+def _orthogonal_stack(
+    count: int, shape: tuple[int, ...], gain: float, random: RandomGenerator
+) -> Float[Tensor, "feature outputs inputs"]:
+    return torch.stack(
+        [nn.init.orthogonal_(torch.empty(shape), gain, generator=random) for _ in range(count)]
+    )

@@ -1,0 +1,68 @@
+"""Full parameter sharing: one network for all agents, with or without their ID in its input."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator as RandomGenerator
+from torch import Tensor, nn
+
+from trainers.generators.generator import Generator, initial_theta
+from trainers.networks import MLP, Theta
+
+
+class FuPS(Generator):
+    """theta_i = psi: all agents share everything."""
+
+    def __init__(self, mlp: MLP, agents: int, random: RandomGenerator) -> None:
+        super().__init__(mlp, agents)
+        self.theta = _register(initial_theta(mlp, random))
+
+    def forward(self, agents: Int[Tensor, " agent"]) -> Theta:  # noqa: ARG002
+        """See `Generator.forward`."""  # noqa: DOC201
+        return {name.replace("/", "."): tensor[None] for name, tensor in self.theta.items()}
+
+    def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
+        """See `Generator.representation`."""  # noqa: DOC201
+        flat = torch.cat([tensor.detach().flatten() for tensor in self.theta.values()])
+        return flat.expand(self.agents, -1), "the shared weights, the same for every agent"
+
+    def layer_of(self, parameter: str) -> str:
+        """See `Generator.layer_of`."""  # noqa: DOC201
+        return parameter.removeprefix("theta.").partition("/")[0]
+
+
+class FuPSID(Generator):
+    """One network that reads [observation, one-hot ID].
+
+    The ID columns of the first weight only ever add agent i's column to the first bias, so as a
+    generator: theta_i = (W, b + W_id e_i, the rest of psi).
+    """
+
+    def __init__(self, mlp: MLP, agents: int, random: RandomGenerator) -> None:
+        super().__init__(mlp, agents)
+        theta = initial_theta(mlp, random, id_columns=agents)
+        self._first = next(iter(mlp.layers))
+        weight = theta[f"{self._first}.weight"]
+        theta[f"{self._first}.weight"] = weight[:, :-agents].clone()
+        self.theta = _register(theta)
+        self.id_columns = nn.Parameter(weight[:, -agents:].mT.clone())  # [agent, hidden]
+
+    def forward(self, agents: Int[Tensor, " agent"]) -> Theta:
+        """See `Generator.forward`."""  # noqa: DOC201
+        theta = {name.replace("/", "."): tensor[None] for name, tensor in self.theta.items()}
+        bias = f"{self._first}.bias"
+        return theta | {bias: theta[bias] + self.id_columns[agents]}
+
+    def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
+        """See `Generator.representation`."""  # noqa: DOC201
+        return self.id_columns.detach(), "each agent's ID column of the first layer"
+
+    def layer_of(self, parameter: str) -> str:
+        """See `Generator.layer_of`."""  # noqa: DOC201
+        if parameter == "id_columns":
+            return self._first
+        return parameter.removeprefix("theta.").partition("/")[0]
+
+
+def _register(theta: Theta) -> nn.ParameterDict:
+    """Parameters by name; "/" stands for the dot, which torch reserves for submodules."""
+    return nn.ParameterDict({n.replace(".", "/"): nn.Parameter(t) for n, t in theta.items()})
