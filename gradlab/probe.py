@@ -67,7 +67,8 @@ def diagnose(networks: Mapping[str, Network], level: Level) -> dict[str, xr.Data
         )
         if level == "full":
             theta = policy_parameters(generator, parts.z.shape[0])
-            dataset = dataset.merge(variance(parts, network.surrogate, theta, batch))
+            spread = variance(parts, network.surrogate, theta, batch)
+            dataset = dataset.merge(spread, join="outer", compat="no_conflicts")
         datasets[name] = dataset
         embedding = embedding_of(network.generator)
         if embedding is not None:
@@ -76,6 +77,9 @@ def diagnose(networks: Mapping[str, Network], level: Level) -> dict[str, xr.Data
         datasets.values(),
         dim=xr.Variable("network", list(datasets)),
         join="outer",
+        data_vars="all",
+        coords="minimal",
+        compat="override",
         combine_attrs="override",
     )
     joined = joined.reindex(layer=_in_order([list(d.layer.values) for d in datasets.values()]))

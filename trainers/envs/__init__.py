@@ -1,14 +1,10 @@
 """Environments by name."""
 
-import difflib
 from collections.abc import Mapping
 
-from gradlab.checks import UsageError, check
+from gradlab.checks import check, unknown_name
 from trainers.envs.matrix_games import NAMES, MatrixGame
 from trainers.envs.vector_env import VectorEnv
-from trainers.envs.vmas import VmasEnv, scenario_names
-
-_VMAS = "vmas/"
 
 
 def make_env(
@@ -16,13 +12,13 @@ def make_env(
     *,
     copies: int,
     agents: int | None = None,
-    seed: int = 0,
+    seed: int = 0,  # noqa: ARG001 -- the games draw nothing
     args: Mapping[str, object] | None = None,
 ) -> VectorEnv:
     """Make an environment by its registered name.
 
     Args:
-        name: E.g. "specialisation" or "vmas/navigation".
+        name: E.g. "specialisation".
         copies: Number of copies stepped at once.
         agents: Number of agents; None for the environment's own default.
         seed: Seed of all its randomness.
@@ -39,10 +35,4 @@ def make_env(
     args = args or {}
     if name in NAMES:
         return MatrixGame(name, copies=copies, agents=agents, args=args)
-    if name.startswith(_VMAS):
-        scenario = name.removeprefix(_VMAS)
-        return VmasEnv(scenario, copies=copies, agents=agents, seed=seed, args=args)
-    known = [*NAMES, *(_VMAS + scenario for scenario in scenario_names())]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UsageError(f"Unknown environment {name!r}.{hint} Known: {', '.join(known)}.")
+    raise unknown_name("environment", name, NAMES)

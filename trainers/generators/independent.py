@@ -16,10 +16,10 @@ class NoPS(Generator):
         super().__init__(mlp, agents)
         own = [initial_theta(mlp, random) for _ in range(agents)]
         self.theta = nn.ParameterDict(
-            {
-                name.replace(".", "/"): nn.Parameter(torch.stack([theta[name] for theta in own]))
+            [
+                (name.replace(".", "/"), nn.Parameter(torch.stack([theta[name] for theta in own])))
                 for name in own[0]
-            }
+            ]
         )
 
     def forward(self, agents: Int[Tensor, " agent"]) -> Theta:

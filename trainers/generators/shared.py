@@ -65,4 +65,4 @@ class FuPSID(Generator):
 
 def _register(theta: Theta) -> nn.ParameterDict:
     """Parameters by name; "/" stands for the dot, which torch reserves for submodules."""
-    return nn.ParameterDict({n.replace(".", "/"): nn.Parameter(t) for n, t in theta.items()})
+    return nn.ParameterDict([(n.replace(".", "/"), nn.Parameter(t)) for n, t in theta.items()])

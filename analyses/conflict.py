@@ -1,0 +1,78 @@
+"""The last diagnosed conflict of runs, side by side."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from gradlab.checks import UsageError, check, unknown_name
+from gradlab.run import Run
+
+
+def conflict_table(
+    runs: Sequence[Run], *, network: str = "actor", layer: str = "all"
+) -> pd.DataFrame:
+    """Summarise the newest diagnosed update of each run.
+
+    Args:
+        runs: Runs with diagnostics.
+        network: "actor" or "critic".
+        layer: A layer's name, or "all".
+
+    Returns:
+        One row per run: conflict rate and mean cosine of g (psi-space) and Z (theta-space), the
+        pair of agents whose g point most against each other, the residual.
+
+    Raises:
+        UsageError: If a run has no diagnostics, or not that network or layer.
+    """
+    return pd.DataFrame([_row(run, network, layer) for run in runs])
+
+
+def _row(run: Run, network: str, layer: str) -> dict[str, object]:
+    if "cosine" not in run.quantities or run.quantity("cosine").sizes["update"] == 0:
+        raise UsageError(
+            f"{run.path} has no recorded diagnostics. Train it with --diagnostics light or full."
+        )
+    cosine = run.quantity("cosine")
+    check_name("network", network, cosine.network.values.tolist())
+    check_name("layer", layer, cosine.layer.values.tolist())
+    last = cosine.isel(update=-1).sel(network=network, layer=layer)
+    where = {"network": network, "layer": layer}
+    rate = run.quantity("conflict_rate").isel(update=-1).sel(where)
+    mean = run.quantity("mean_cosine").isel(update=-1).sel(where)
+    residual = run.quantity("residual").isel(update=-1).sel(network=network)
+    psi = last.sel(space="psi").to_numpy().copy()
+    check(psi.ndim == 2, "cosine", "have two agent axes", psi.shape)
+    psi[np.tril_indices(len(psi))] = np.nan
+    worst = "-"
+    if np.isfinite(psi).any() and np.nanmin(psi) < 0:
+        i, k = np.unravel_index(np.nanargmin(psi), psi.shape)
+        worst = f"{i}, {k} ({psi[i, k]:+.2f})"
+    return {
+        "run": run.name,
+        "method": run.method,
+        "environment": run.environment,
+        "update": int(cosine["update"][-1]),
+        "conflict_rate_g": float(rate.sel(space="psi")),
+        "conflict_rate_z": float(rate.sel(space="theta")),
+        "mean_cosine_g": float(mean.sel(space="psi")),
+        "mean_cosine_z": float(mean.sel(space="theta")),
+        "worst_pair_g": worst,
+        "residual": float(residual),
+    }
+
+
+def check_name(kind: str, name: str, known: Sequence[str]) -> None:
+    """Raise unless a name is among those that exist.
+
+    Args:
+        kind: What it names.
+        name: The name.
+        known: The names that exist.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    if name not in known:
+        raise unknown_name(kind, name, known)

@@ -1,0 +1,182 @@
+"""The only training loop: collect, diagnose, update, record."""
+
+import math
+import time
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from gradlab.probe import Network, diagnose
+from gradlab.run_writer import RunWriter
+from trainers.config import TrainConfig
+from trainers.envs import make_env
+from trainers.envs.vector_env import EnvSpec
+from trainers.generators import METHODS
+from trainers.networks import MLP
+from trainers.policies import make_policy
+from trainers.ppo import normalise, policy_loss, value_loss
+from trainers.rollout import Collector, Rollout
+
+Progress = Callable[[int, float], None]
+"""Called after each update with frames done and the last mean episode return."""
+
+_ACTOR = ("observation", "action", "log_prob", "advantage")
+_CRITIC = ("observation", "value", "target")
+
+
+class Trainer:
+    """One training run of independent PPO, for every sharing scheme.
+
+    Attributes:
+        config: Its settings.
+        spec: What the environment looks like.
+        actor: Generator of the policies.
+        critic: Generator of the value functions.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        torch.set_num_threads(config.threads)
+        make = METHODS[config.method]
+        self.config = config
+        self.random = torch.Generator().manual_seed(config.seed)
+        env = make_env(
+            config.env,
+            copies=config.copies,
+            agents=config.agents,
+            seed=config.seed,
+            args=config.env_args,
+        )
+        self.spec: EnvSpec = env.spec
+        hidden, activation = config.network.hidden, config.network.activation
+        self.policy = make_policy(
+            env.spec.observation_size, env.spec.action_space, hidden=hidden, activation=activation
+        )
+        self.value = MLP(
+            sizes=(env.spec.observation_size, *hidden, 1), activation=activation, head_gain=1.0
+        )
+        self.actor = make(self.policy.network, env.spec.agents, self.random, config.hypernetwork)
+        self.critic = make(self.value, env.spec.agents, self.random, config.hypernetwork)
+        self.optimiser = torch.optim.Adam(
+            [*self.actor.parameters(), *self.critic.parameters()],
+            lr=config.ppo.learning_rate,
+            eps=config.ppo.adam_epsilon,
+        )
+        self.collector = Collector(env)
+        self.policy_loss = policy_loss(self.policy, config.ppo)
+        self.value_loss = value_loss(self.value, config.ppo)
+
+    def run(self, writer: RunWriter, progress: Progress) -> None:
+        """Train for the configured frames, recording every update.
+
+        Args:
+            writer: The run folder.
+            progress: Told of every update.
+
+        Raises:
+            KeyboardInterrupt: If interrupted; what is recorded stays whole.
+        """
+        config = self.config
+        last_return = math.nan
+        for update in range(config.updates):
+            began = time.perf_counter()
+            rollout = self._collect()
+            quantities: dict[str, xr.DataArray] = {}
+            if config.diagnostics != "off" and update % config.every == 0:
+                quantities = self._diagnose(rollout)
+            losses = self._update(rollout.samples)
+            frames = (update + 1) * config.copies * config.steps
+            if rollout.episode_returns:
+                last_return = fmean(rollout.episode_returns)
+            scalars: dict[str, tuple[float, str]] = {
+                "frames": (frames, "frames"),
+                "episode_return": (_mean(rollout.episode_returns), "reward"),
+                "episode_length": (_mean(rollout.episode_lengths), "steps"),
+                "reward_per_step": (rollout.reward_per_step, "reward"),
+                "seconds": (time.perf_counter() - began, "s"),
+                **{name: (value, "loss") for name, value in losses.items()},
+            }
+            quantities |= {
+                name: xr.DataArray(float(value), attrs={"unit": unit})
+                for name, (value, unit) in scalars.items()
+            }
+            writer.write(update, quantities)
+            progress(frames, last_return)
+
+    def _collect(self) -> Rollout:
+        with torch.no_grad():
+            theta, critic_theta = self.actor.all_agents(), self.critic.all_agents()
+        return self.collector.collect(
+            self.config.steps,
+            self.policy,
+            theta,
+            self.value,
+            critic_theta,
+            self.config.ppo,
+            self.random,
+        )
+
+    def _diagnose(self, rollout: Rollout) -> dict[str, xr.DataArray]:
+        samples = rollout.samples | {"advantage": normalise(rollout.samples["advantage"])}
+        networks = {
+            "actor": Network(
+                generator=self.actor,
+                surrogate=self.policy_loss,
+                batch={name: samples[name] for name in _ACTOR},
+            ),
+            "critic": Network(
+                generator=self.critic,
+                surrogate=self.value_loss,
+                batch={name: samples[name] for name in _CRITIC},
+            ),
+        }
+        return diagnose(networks, self.config.diagnostics)
+
+    def _update(self, samples: dict[str, Tensor]) -> dict[str, float]:
+        ppo = self.config.ppo
+        count = samples["advantage"].shape[1]
+        sums = {"policy_loss": 0.0, "value_loss": 0.0}
+        for _ in range(ppo.epochs):
+            order = torch.randperm(count, generator=self.random)
+            for part in order.tensor_split(ppo.minibatches):
+                batch = {name: tensor[:, part] for name, tensor in samples.items()}
+                batch["advantage"] = normalise(batch["advantage"])
+                policy = self.policy_loss(self.actor.all_agents(), batch).mean()
+                value = self.value_loss(self.critic.all_agents(), batch).mean()
+                self.optimiser.zero_grad(set_to_none=True)
+                torch.autograd.backward([policy, value])
+                self.actor.clip_gradients(ppo.max_gradient_norm)
+                self.critic.clip_gradients(ppo.max_gradient_norm)
+                self.optimiser.step()
+                sums["policy_loss"] += policy.item()
+                sums["value_loss"] += value.item()
+        return {name: total / (ppo.epochs * ppo.minibatches) for name, total in sums.items()}
+
+
+def describe(trainer: Trainer) -> dict[str, Any]:
+    """What run.json says about a trainer before its first update.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        Entries that JSON can hold.
+    """
+    config = trainer.config
+    return {
+        "method": config.method,
+        "algorithm": config.algorithm,
+        "environment": config.env,
+        "agents": trainer.spec.agents,
+        "agent_names": list(trainer.spec.agent_names),
+        "seed": config.seed,
+        "updates": config.updates,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _mean(values: list[float] | list[int]) -> float:
+    return fmean(values) if values else math.nan

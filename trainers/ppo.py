@@ -1,0 +1,69 @@
+"""PPO's losses, per sample: the same functions are trained on and taken apart."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trainers.config import PPOConfig
+from trainers.networks import MLP, Theta
+from trainers.policies import Policy
+
+Surrogate = Callable[[Theta, dict[str, Tensor]], Tensor]
+
+
+def policy_loss(policy: Policy, config: PPOConfig) -> Surrogate:
+    """The clipped policy loss with its entropy bonus (Schulman et al., 2017, eq. 7 and 9).
+
+    Args:
+        policy: The policy.
+        config: Clip range and entropy coefficient.
+
+    Returns:
+        A function of policy parameters and samples (`observation`, `action`, `log_prob`,
+        `advantage`) that returns each sample's loss.
+    """
+
+    def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
+        log_prob, entropy = policy.evaluate(theta, sample["observation"], sample["action"])
+        ratio = torch.exp(log_prob - sample["log_prob"])
+        clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+        gain = torch.minimum(ratio * sample["advantage"], clipped * sample["advantage"])
+        return -gain - config.entropy_coefficient * entropy
+
+    return loss
+
+
+def value_loss(network: MLP, config: PPOConfig) -> Surrogate:
+    """Half the squared error of the value, clipped around the old value if so configured.
+
+    Args:
+        network: The value network.
+        config: Clip range, whether to clip, and the loss's weight.
+
+    Returns:
+        A function of the network's parameters and samples (`observation`, `value`, `target`) that
+        returns each sample's weighted loss.
+    """
+
+    def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
+        value = network.forward(theta, sample["observation"]).squeeze(-1)
+        error = (value - sample["target"]).square()
+        if config.clip_value:
+            step = (value - sample["value"]).clamp(-config.clip, config.clip)
+            error = torch.maximum(error, (sample["value"] + step - sample["target"]).square())
+        return 0.5 * config.value_coefficient * error
+
+    return loss
+
+
+def normalise(advantage: Tensor) -> Tensor:
+    """Shift and scale advantages to mean 0 and standard deviation 1.
+
+    Args:
+        advantage: Advantages of all agents and samples.
+
+    Returns:
+        A tensor of the same shape; all 0 if they are all equal.
+    """
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
