@@ -12,7 +12,9 @@ class _BesideGradlab(MetaPathFinder):
     """Finds our packages beside this one, whatever a user's own folders are called."""
 
     @classmethod
-    def find_spec(cls, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG003
+    def find_spec(
+        cls, fullname: str, path: object = None, target: object = None
+    ) -> ModuleSpec | None:
         if fullname not in _SIBLINGS:
             return None
         return PathFinder.find_spec(fullname, [str(Path(__file__).parents[1])])
@@ -21,7 +23,7 @@ class _BesideGradlab(MetaPathFinder):
 def main() -> None:
     """Run the command line and leave with its status."""
     sys.meta_path.insert(0, _BesideGradlab())
-    from gradlab.cli import run  # noqa: PLC0415 -- after the finder, which decides what it imports
+    from gradlab.cli import run
 
     sys.exit(run(sys.argv[1:]))
 

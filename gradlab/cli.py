@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         options = _parser().parse_args(arguments)
         options.command(options)
     except UsageError as error:
-        print(f"gradlab: error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"gradlab: error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -96,11 +96,14 @@ def _train(options: argparse.Namespace) -> None:
     out = options.out
     if out is None:
         method = settings.get("method", "hypermarl")
-        out = Path("runs") / f"{method}-{str(settings.get('env', 'specialisation')).replace('/', '-')}"
+        out = (
+            Path("runs")
+            / f"{method}-{str(settings.get('env', 'specialisation')).replace('/', '-')}"
+        )
         out = next(p for i in range(10**6) if not (p := Path(f"{out}-{i}")).exists())
     _train_one(settings, out)
     _show_conflict([out], "actor", "all", "table")
-    _say(f"Run: {out}\nDashboard: gradlab dashboard {out} --html {out}.html")
+    print(f"Run: {out}\nDashboard: gradlab dashboard {out} --html {out}.html")
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -113,7 +116,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     page = options.out / "dashboard.html"
     write_page([open_run(folder) for folder in folders], page)
-    _say(f"Dashboard: {page}")
+    print(f"Dashboard: {page}")
 
 
 def _train_one(settings: dict[str, Any], out: Path) -> None:
@@ -189,16 +192,17 @@ def _show_conflict(folders: Sequence[Path], network: str, layer: str, form: str)
     table = conflict_table(runs, network=network, layer=layer)
     for item in runs:
         for problem in item.problems:
-            print(f"gradlab: {item.path}: {problem}", file=sys.stderr)  # noqa: T201
+            print(f"gradlab: {item.path}: {problem}", file=sys.stderr)
     if form == "csv":
-        _say(table.to_csv(index=False).rstrip())
+        print(table.to_csv(index=False).rstrip())
     elif form == "json":
-        _say(json.dumps(json.loads(table.to_json(orient="records")), indent=2))
+        print(json.dumps(json.loads(table.to_json(orient="records")), indent=2))
     else:
         title = f"Gradient conflict ({network}, {layer}): naive plug-in figures of one rollout"
-        shown = Table(*(str(name) for name in table.columns), title=title)
-        for row in table.itertuples(index=False):
-            shown.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
+        shown = Table("", *(str(name) for name in table["run"]), title=title)
+        for name in table.columns[1:]:
+            values = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in table[name])
+            shown.add_row(str(name), *values)
         Console().print(shown)
 
 
@@ -207,7 +211,7 @@ def _dashboard(options: argparse.Namespace) -> None:
     from gradlab.run import open_run
 
     write_page([open_run(folder) for folder in options.runs], options.html)
-    _say(f"Dashboard: {options.html}")
+    print(f"Dashboard: {options.html}")
 
 
 def _runs(options: argparse.Namespace) -> None:
@@ -223,15 +227,20 @@ def _runs(options: argparse.Namespace) -> None:
     for folder in sorted(p for p in options.folder.rglob("*") if p.is_dir() and is_run(p)):
         try:
             item = open_run(folder)
-            known = {n: item.quantity(n).dropna("update") for n in item.quantities
-                     if n in ("frames", "episode_return")}
+            known = {
+                n: item.quantity(n).dropna("update")
+                for n in item.quantities
+                if n in ("frames", "episode_return")
+            }
             last = {n: f"{float(a[-1]):,.4g}" if a.size else "-" for n, a in known.items()}
-            table.add_row(str(folder), item.method, item.environment, last.get("frames", "-"),
-                          last.get("episode_return", "-"), item.state)
+            table.add_row(
+                str(folder),
+                item.method,
+                item.environment,
+                last.get("frames", "-"),
+                last.get("episode_return", "-"),
+                item.state,
+            )
         except UsageError as error:
             table.add_row(str(folder), "-", "-", "-", "-", str(error))
     Console().print(table)
-
-
-def _say(text: str) -> None:
-    print(text)  # noqa: T201

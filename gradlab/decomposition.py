@@ -78,7 +78,7 @@ def decompose(
     numbers = torch.arange(agents, device=next(iter(batch.values())).device)
 
     def parameters_of(psi: dict[str, Tensor], agent: Int[Tensor, ""]) -> Theta:
-        theta = functional_call(generator, psi, (agent[None],))
+        theta: Theta = functional_call(generator, psi, (agent[None],))
         return {name: tensor.squeeze(0) for name, tensor in theta.items()}
 
     def agent_gradient(theta: Theta, samples: dict[str, Tensor]) -> Theta:
@@ -187,7 +187,5 @@ def _plain_gradient(
     theta = {name: tensor.expand(agents, *tensor.shape[1:]) for name, tensor in theta.items()}
     with torch.enable_grad():
         losses = vmap(lambda t, samples: mean_loss(surrogate, t, samples))(theta, dict(batch))
-        gradients = torch.autograd.grad(
-            losses.sum(), list(leaves.values()), materialize_grads=True
-        )
+        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
     return dict(zip(leaves, gradients, strict=True))

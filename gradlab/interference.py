@@ -153,4 +153,3 @@ def summarise_pairs(
         rate = np.where(count > 0, (pairs < 0).sum(-1) / count, np.nan)
         mean = np.where(count > 0, np.where(known, pairs, 0).sum(-1) / count, np.nan)
     return rate, mean
-

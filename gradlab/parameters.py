@@ -103,6 +103,6 @@ class ParameterLayout:
             Each layer's name and its coordinates.
         """
         sizes = [math.prod(shape) for shape in self.shapes.values()]
-        parts = dict(zip(self.shapes, flat.split(sizes, dim=-1), strict=True))
+        parts = dict(zip(self.shapes, torch.split(flat, sizes, dim=-1), strict=True))
         for layer in self.layers:
             yield layer, torch.cat([parts[n] for n in parts if self.layer_of[n] == layer], dim=-1)

@@ -137,7 +137,9 @@ class Run:
     def metrics(self) -> xr.Dataset:
         """All quantities but the embeddings, on one `update` axis (NaN where not recorded)."""
         names = [name for name in self._quantities if not name.startswith(_EMBEDDING)]
-        return xr.merge([self.quantity(name) for name in names], join="outer", compat="no_conflicts")
+        return xr.merge(
+            [self.quantity(name) for name in names], join="outer", compat="no_conflicts"
+        )
 
     @cached_property
     def embeddings(self) -> dict[str, xr.DataArray]:
@@ -185,7 +187,9 @@ class Run:
             except sqlite3.OperationalError:
                 continue
             except sqlite3.DatabaseError as error:
-                self.problems.append(f"{RECORDS_FILE} can't be read ({error}): there are no records")
+                self.problems.append(
+                    f"{RECORDS_FILE} can't be read ({error}): there are no records"
+                )
                 return None
             if version:  # 0 while a new file's first transaction is under way
                 self._check_schema(version, RECORDS_FILE)
@@ -210,8 +214,10 @@ class Run:
                     estimator,
                 )
         except (sqlite3.DatabaseError, ValueError, TypeError) as error:
-            self.problems.append(f"{RECORDS_FILE} is damaged ({error}): only what {len(found)} quantities recorded "
-                "can be read")
+            self.problems.append(
+                f"{RECORDS_FILE} is damaged ({error}): only what {len(found)} quantities recorded "
+                "can be read"
+            )
         return found
 
     def _is_truncated(self) -> bool:

@@ -90,7 +90,9 @@ class RunWriter:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"{path} can't be made: {error.strerror}. Choose another --out.") from None
+            raise UsageError(
+                f"{path} can't be made: {error.strerror}. Choose another --out."
+            ) from None
         self.path = path
         self.notes: list[str] = []
         self._lock = FileLock(path / LOCK_FILE)

@@ -44,9 +44,9 @@ def variance(
     z = decomposition.z
     means = dict(layout.split_by_layer(z))
     squared_mean = torch.stack([m.square().sum(-1, dtype=torch.float64) for m in means.values()], 1)
-    between = torch.stack(
-        [(m - m.mean(0)).square().sum(-1, dtype=torch.float64).mean() for m in means.values()]
-    )
+    between = torch.stack([
+        (m - m.mean(0)).square().sum(-1, dtype=torch.float64).mean() for m in means.values()
+    ])
     # Rounding can leave a vanishing variance a hair below 0.
     within = (second - squared_mean).clamp(min=0).cpu().numpy()
     within = np.concatenate([within.sum(1, keepdims=True), within], axis=1)

@@ -66,7 +66,7 @@ class TrainConfig(_Section):
     )
     agents: int | None = Field(None, description="number of agents (default: the environment's)")
     frames: PositiveInt = Field(
-        250_000, description="environment steps, summed over copies; one frame moves all agents"
+        150_000, description="environment steps, summed over copies; one frame moves all agents"
     )
     copies: PositiveInt = Field(64, description="environment copies stepped at once")
     steps: PositiveInt = Field(32, description="steps of every copy in one rollout")
@@ -76,7 +76,6 @@ class TrainConfig(_Section):
         "full", description="light: conflict and norms; full: gradient variance as well"
     )
     every: PositiveInt = Field(10, description="diagnose every this many updates")
-    checkpoint_every: PositiveInt = Field(20, description="checkpoint every this many updates")
     ppo: PPOConfig = Field(default_factory=PPOConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
     hypernetwork: HypernetworkConfig = Field(default_factory=HypernetworkConfig)

@@ -33,7 +33,7 @@ def advantages(
         The advantages.
     """
     delta = reward + discount * next_value * ~terminated - value
-    keep = discount * gae_lambda * ~(terminated | truncated)
+    keep = discount * gae_lambda * (~(terminated | truncated)).to(delta.dtype)
     result = torch.empty_like(delta)
     running = torch.zeros_like(delta[:, 0])
     for time in reversed(range(delta.shape[1])):

@@ -55,7 +55,9 @@ class MLP:
         """
         return self.head_gain if layer == "head" else math.sqrt(2)
 
-    def forward(self, theta: Theta, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+    def forward(
+        self, theta: Theta, x: Float[Tensor, "*batch inputs"]
+    ) -> Float[Tensor, "*batch outputs"]:
         """Apply the network.
 
         Args:

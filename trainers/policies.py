@@ -17,7 +17,9 @@ class Policy(ABC):
     network: MLP
 
     @abstractmethod
-    def sample(self, theta: Theta, observation: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, theta: Theta, observation: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
         """Draw actions.
 
         Args:
@@ -60,15 +62,17 @@ class Categorical(Policy):
 
     network: MLP
 
-    def sample(self, theta: Theta, observation: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Draw actions; see `Policy.sample`."""  # noqa: DOC201
+    def sample(
+        self, theta: Theta, observation: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Draw actions; see `Policy.sample`."""
         log_p = self.network.forward(theta, observation).log_softmax(-1)
         flat = torch.multinomial(log_p.exp().flatten(0, -2), 1, generator=generator)
         action = flat.view(log_p.shape[:-1])
         return action, log_p.gather(-1, action[..., None]).squeeze(-1)
 
     def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy; see `Policy.evaluate`."""  # noqa: DOC201
+        """Log-probability and entropy; see `Policy.evaluate`."""
         log_p = self.network.forward(theta, observation).log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
         return log_p.gather(-1, action[..., None]).squeeze(-1), entropy
@@ -85,15 +89,17 @@ class Gaussian(Policy):
     network: MLP
     box: Box
 
-    def sample(self, theta: Theta, observation: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Draw actions; see `Policy.sample`."""  # noqa: DOC201
+    def sample(
+        self, theta: Theta, observation: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Draw actions; see `Policy.sample`."""
         mean = self.network.forward(theta, observation)
         log_std = per_agent(theta["log_std"], mean)
         noise = torch.randn(mean.shape, generator=generator)
         return mean + log_std.exp() * noise, _log_density(noise, log_std)
 
     def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy; see `Policy.evaluate`."""  # noqa: DOC201
+        """Log-probability and entropy; see `Policy.evaluate`."""
         mean = self.network.forward(theta, observation)
         log_std = per_agent(theta["log_std"], mean)
         noise = (action - mean) * torch.exp(-log_std)
@@ -101,7 +107,7 @@ class Gaussian(Policy):
         return _log_density(noise, log_std), entropy
 
     def to_env(self, action: Tensor) -> Tensor:
-        """Scale to the action range and clip to it; see `Policy.to_env`."""  # noqa: DOC201
+        """Scale to the action range and clip to it; see `Policy.to_env`."""
         middle = (self.box.high + self.box.low) / 2
         half = (self.box.high - self.box.low) / 2
         return torch.clamp(middle + half * action, self.box.low, self.box.high)

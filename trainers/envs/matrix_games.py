@@ -108,13 +108,13 @@ class MatrixGame(VectorEnv):
         self._time = 0
 
     def reset(self) -> Float[Tensor, "agent copy obs"]:
-        """See `VectorEnv.reset`."""  # noqa: DOC201
+        """See `VectorEnv.reset`."""
         self._time = 0
         start = -1.0 if self._horizon else 1.0
         return torch.full((self.spec.agents, self.copies, self.spec.observation_size), start)
 
     def step(self, action: Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"]) -> Step:
-        """See `VectorEnv.step`."""  # noqa: DOC201
+        """See `VectorEnv.step`."""
         reward = self._reward(action, self._actions)
         self._time += 1
         final = self.reset_observation() if self._horizon is None else self._seen(action)
@@ -129,7 +129,7 @@ class MatrixGame(VectorEnv):
         )
 
     def state(self) -> dict[str, Tensor]:
-        """See `VectorEnv.state`: the observation aside, only the step within the episode."""  # noqa: DOC201
+        """See `VectorEnv.state`: the observation aside, only the step within the episode."""
         return {"time": torch.tensor(self._time)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:

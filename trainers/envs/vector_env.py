@@ -85,9 +85,7 @@ class VectorEnv(ABC):
         """
 
     @abstractmethod
-    def step(
-        self, action: Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"]
-    ) -> Step:
+    def step(self, action: Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"]) -> Step:
         """Advance every copy by one step.
 
         Args:

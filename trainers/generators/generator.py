@@ -48,7 +48,8 @@ class Generator(nn.Module, ABC):
         Returns:
             As `forward`, for all agents in order.
         """
-        return self(torch.arange(self.agents))
+        theta: Theta = self(torch.arange(self.agents))
+        return theta
 
     def clip_gradients(self, max_norm: float) -> None:
         """Clip each separately trained part's gradient by its own norm, in place.

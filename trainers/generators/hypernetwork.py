@@ -1,6 +1,7 @@
 """Hypernetworks: each agent's network is made from its embedding (HyperMARL, section 4)."""
 
 import math
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -74,7 +75,7 @@ class HyperNetwork(Generator):
             self.log_std = nn.Parameter(torch.zeros(mlp.log_std_size))
 
     def forward(self, agents: Int[Tensor, " agent"]) -> Theta:
-        """See `Generator.forward`."""  # noqa: DOC201
+        """See `Generator.forward`."""
         e = self.embedding[agents]
         theta: Theta = {}
         for name, shape in self.shapes.items():
@@ -86,15 +87,17 @@ class HyperNetwork(Generator):
         return theta
 
     def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
-        """See `Generator.representation`."""  # noqa: DOC201
+        """See `Generator.representation`."""
         if self.learned:
             return self.embedding.detach(), "learned agent embeddings"
-        rows = torch.cat([t.detach().flatten(1) for t in self.all_agents().values()
-                          if len(t) == self.agents], dim=1)
+        rows = torch.cat(
+            [t.detach().flatten(1) for t in self.all_agents().values() if len(t) == self.agents],
+            dim=1,
+        )
         return rows, "each agent's generated weights (its embedding is a fixed one-hot)"
 
     def layer_of(self, parameter: str) -> str:
-        """See `Generator.layer_of`."""  # noqa: DOC201
+        """See `Generator.layer_of`."""
         return parameter.removeprefix("parts.").partition("/")[0]
 
 
@@ -128,14 +131,16 @@ def gain_scales(
     for _ in range(8):
         rows = forms @ scales  # half the Jacobian of the squared gains
         error = 1 - rows @ scales
-        scales = scales + torch.linalg.lstsq(2 * rows, error[:, None], driver="gelsd").solution[:, 0]
+        scales = (
+            scales + torch.linalg.lstsq(2 * rows, error[:, None], driver="gelsd").solution[:, 0]
+        )
     return scales.to(units.dtype)
 
 
 def _trunk(widths: tuple[int, ...], random: RandomGenerator) -> nn.Sequential:
     """ReLU layers as flax starts them: LeCun-normal weights, biases 0."""
     modules: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         layer = nn.Linear(inputs, outputs)
         with torch.no_grad():
             layer.weight.normal_(0, math.sqrt(1 / inputs), generator=random)
@@ -147,6 +152,6 @@ def _trunk(widths: tuple[int, ...], random: RandomGenerator) -> nn.Sequential:
 def _orthogonal_stack(
     count: int, shape: tuple[int, ...], gain: float, random: RandomGenerator
 ) -> Float[Tensor, "feature outputs inputs"]:
-    return torch.stack(
-        [nn.init.orthogonal_(torch.empty(shape), gain, generator=random) for _ in range(count)]
-    )
+    return torch.stack([
+        nn.init.orthogonal_(torch.empty(shape), gain, generator=random) for _ in range(count)
+    ])

@@ -15,19 +15,17 @@ class NoPS(Generator):
     def __init__(self, mlp: MLP, agents: int, random: RandomGenerator) -> None:
         super().__init__(mlp, agents)
         own = [initial_theta(mlp, random) for _ in range(agents)]
-        self.theta = nn.ParameterDict(
-            [
-                (name.replace(".", "/"), nn.Parameter(torch.stack([theta[name] for theta in own])))
-                for name in own[0]
-            ]
-        )
+        self.theta = nn.ParameterDict([
+            (name.replace(".", "/"), nn.Parameter(torch.stack([theta[name] for theta in own])))
+            for name in own[0]
+        ])
 
     def forward(self, agents: Int[Tensor, " agent"]) -> Theta:
-        """See `Generator.forward`."""  # noqa: DOC201
+        """See `Generator.forward`."""
         return {name.replace("/", "."): tensor[agents] for name, tensor in self.theta.items()}
 
     def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
-        """See `Generator.representation`."""  # noqa: DOC201
+        """See `Generator.representation`."""
         rows = torch.cat([tensor.detach().flatten(1) for tensor in self.theta.values()], dim=1)
         return rows, "each agent's own weights"
 
@@ -46,5 +44,5 @@ class NoPS(Generator):
             gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
 
     def layer_of(self, parameter: str) -> str:
-        """See `Generator.layer_of`."""  # noqa: DOC201
+        """See `Generator.layer_of`."""
         return parameter.removeprefix("theta.").partition("/")[0]

@@ -17,16 +17,16 @@ class FuPS(Generator):
         self.theta = _register(initial_theta(mlp, random))
 
     def forward(self, agents: Int[Tensor, " agent"]) -> Theta:  # noqa: ARG002
-        """See `Generator.forward`."""  # noqa: DOC201
+        """See `Generator.forward`."""
         return {name.replace("/", "."): tensor[None] for name, tensor in self.theta.items()}
 
     def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
-        """See `Generator.representation`."""  # noqa: DOC201
+        """See `Generator.representation`."""
         flat = torch.cat([tensor.detach().flatten() for tensor in self.theta.values()])
         return flat.expand(self.agents, -1), "the shared weights, the same for every agent"
 
     def layer_of(self, parameter: str) -> str:
-        """See `Generator.layer_of`."""  # noqa: DOC201
+        """See `Generator.layer_of`."""
         return parameter.removeprefix("theta.").partition("/")[0]
 
 
@@ -47,17 +47,17 @@ class FuPSID(Generator):
         self.id_columns = nn.Parameter(weight[:, -agents:].mT.clone())  # [agent, hidden]
 
     def forward(self, agents: Int[Tensor, " agent"]) -> Theta:
-        """See `Generator.forward`."""  # noqa: DOC201
+        """See `Generator.forward`."""
         theta = {name.replace("/", "."): tensor[None] for name, tensor in self.theta.items()}
         bias = f"{self._first}.bias"
         return theta | {bias: theta[bias] + self.id_columns[agents]}
 
     def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
-        """See `Generator.representation`."""  # noqa: DOC201
+        """See `Generator.representation`."""
         return self.id_columns.detach(), "each agent's ID column of the first layer"
 
     def layer_of(self, parameter: str) -> str:
-        """See `Generator.layer_of`."""  # noqa: DOC201
+        """See `Generator.layer_of`."""
         if parameter == "id_columns":
             return self._first
         return parameter.removeprefix("theta.").partition("/")[0]

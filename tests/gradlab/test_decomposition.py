@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import torch
+from reference import per_sample_gradients
+from torch.func import functional_call
+
+from gradlab.checks import UsageError
+from gradlab.decomposition import decompose, policy_parameters
+from gradlab.interference import interference
+from gradlab.variance import variance
+from trainers.config import HypernetworkConfig, PPOConfig
+from trainers.envs.vector_env import Box, Discrete
+from trainers.generators import METHODS
+from trainers.policies import make_policy
+from trainers.ppo import policy_loss
+
+AGENTS, SAMPLES = 3, 7
+SPACES = {"discrete": Discrete(n=4), "continuous": Box(low=-torch.ones(2), high=torch.ones(2))}
+
+
+def case(method, space, dtype=torch.float64):
+    random = torch.Generator().manual_seed(1)
+    policy = make_policy(5, SPACES[space], hidden=(6, 6), activation="tanh")
+    generator = METHODS[method](policy.network, AGENTS, random, HypernetworkConfig()).to(dtype)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            noise = torch.randn(parameter.shape, generator=random).to(dtype)
+            parameter.add_(0.1 * noise)
+    observation = torch.randn(AGENTS, SAMPLES, 5, generator=random).to(dtype)
+    with torch.no_grad():
+        action, log_prob = policy.sample(
+            {k: v.float() for k, v in generator.all_agents().items()}, observation.float(), random
+        )
+    batch = {
+        "observation": observation,
+        "action": action.to(dtype) if space == "continuous" else action,
+        "log_prob": log_prob.to(dtype),
+        "advantage": torch.randn(AGENTS, SAMPLES, generator=random).to(dtype),
+    }
+    return generator, policy_loss(policy, PPOConfig()), batch
+
+
+def oracle(generator, surrogate, batch):
+    psi = {name: p.detach() for name, p in generator.named_parameters()}
+
+    def forward(psi, agent):
+        theta = functional_call(generator, psi, (torch.tensor([agent]),))
+        return {name: tensor[0] for name, tensor in theta.items()}
+
+    return per_sample_gradients(forward, surrogate, psi, batch, AGENTS, SAMPLES)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("method", METHODS)
+def test_decompose_equals_loop_over_samples(method, space):
+    generator, surrogate, batch = case(method, space)
+    d = decompose(generator, surrogate, batch)
+    expected = oracle(generator, surrogate, batch).mean(1)
+    torch.testing.assert_close(d.g, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(d.total, expected.sum(0), rtol=1e-10, atol=1e-12)
+    assert d.residual < 1e-10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_residual_in_float32_is_small(method):
+    assert decompose(*case(method, "discrete", torch.float32)).residual < 1e-5
+
+
+def test_decompose_leaves_no_trace():
+    generator, surrogate, batch = case("hypermarl", "discrete")
+    before = {name: p.detach().clone() for name, p in generator.named_parameters()}
+    state = torch.random.get_rng_state()
+    decompose(generator, surrogate, batch)
+    assert torch.equal(state, torch.random.get_rng_state())
+    for name, parameter in generator.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
+def test_decompose_refuses_a_loss_that_is_not_per_sample():
+    generator, _, batch = case("fups", "discrete")
+    with pytest.raises(UsageError, match=r"one scalar for one sample. Got shape \(5,\)"):
+        decompose(generator, lambda _, sample: sample["observation"], batch)
+
+
+def test_nops_gradients_do_not_interfere_in_psi():
+    generator, surrogate, batch = case("nops", "discrete")
+    cosine = interference(decompose(generator, surrogate, batch)).cosine.sel(layer="all")
+    np.testing.assert_array_equal(cosine.sel(space="psi"), np.eye(AGENTS) * np.diag(cosine[0]))
+    assert (np.abs(cosine.sel(space="theta").values[np.triu_indices(AGENTS, 1)]) > 0).all()
+
+
+def test_fups_spaces_agree():
+    generator, surrogate, batch = case("fups", "discrete")
+    gram = interference(decompose(generator, surrogate, batch)).inner_product
+    np.testing.assert_allclose(gram.sel(space="psi"), gram.sel(space="theta"), rtol=1e-10)
+
+
+def test_equal_and_opposite_agents_have_cosine_one_and_minus_one():
+    generator, surrogate, batch = case("fups", "discrete")
+    batch = {name: tensor[:1].expand_as(tensor).clone() for name, tensor in batch.items()}
+    surrogate = policy_loss(
+        make_policy(5, SPACES["discrete"], hidden=(6, 6), activation="tanh"),
+        PPOConfig(entropy_coefficient=0),
+    )
+    batch["advantage"][2] *= -1
+    # at ratio 1 nothing is clipped, so the sign of the advantage is the sign of the gradient
+    with torch.no_grad():
+        policy = make_policy(5, SPACES["discrete"], hidden=(6, 6), activation="tanh")
+        theta = generator.all_agents()
+        batch["log_prob"] = policy.evaluate(theta, batch["observation"], batch["action"])[0]
+    data = interference(decompose(generator, surrogate, batch))
+    cosine = data.cosine.sel(space="psi", layer="all")
+    assert cosine[0, 1] == pytest.approx(1)
+    assert cosine[0, 2] == pytest.approx(-1)
+    assert data.conflict_rate.sel(space="psi", layer="all") == pytest.approx(2 / 3)
+
+
+def test_variance_split_sums_to_the_total():
+    generator, surrogate, batch = case("fups", "discrete")
+    d = decompose(generator, surrogate, batch)
+    split = variance(d, surrogate, policy_parameters(generator, AGENTS), batch)
+    rows = oracle(generator, surrogate, batch).flatten(0, 1)  # FuPS: psi is theta
+    total = (rows - rows.mean(0)).square().sum(-1).mean()
+    whole = split.sel(layer="all")
+    assert whole.variance_within + whole.variance_between == pytest.approx(total.item(), rel=1e-9)
