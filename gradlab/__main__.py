@@ -13,7 +13,10 @@ class _BesideGradlab(MetaPathFinder):
 
     @classmethod
     def find_spec(
-        cls, fullname: str, path: object = None, target: object = None
+        cls,
+        fullname: str,
+        path: object = None,  # noqa: ARG003 -- the protocol's
+        target: object = None,  # noqa: ARG003
     ) -> ModuleSpec | None:
         if fullname not in _SIBLINGS:
             return None

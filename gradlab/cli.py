@@ -241,6 +241,6 @@ def _runs(options: argparse.Namespace) -> None:
                 last.get("episode_return", "-"),
                 item.state,
             )
-        except UsageError as error:
+        except UsageError as error:  # noqa: PERF203 -- one bad run must not hide the others
             table.add_row(str(folder), "-", "-", "-", "-", str(error))
     Console().print(table)
