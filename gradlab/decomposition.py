@@ -82,7 +82,8 @@ def decompose(
         return {name: tensor.squeeze(0) for name, tensor in theta.items()}
 
     def agent_gradient(theta: Theta, samples: dict[str, Tensor]) -> Theta:
-        return grad(lambda theta: mean_loss(surrogate, theta, samples))(theta)
+        z: Theta = grad(lambda theta: mean_loss(surrogate, theta, samples))(theta)
+        return z
 
     def contribution(agent: Int[Tensor, ""], z: Theta) -> dict[str, Tensor]:
         (g,) = vjp(lambda psi: parameters_of(psi, agent), psi)[1](z)
