@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from gradlab.checks import check, unknown_name
 from trainers.envs.matrix_games import NAMES, MatrixGame
 from trainers.envs.vector_env import VectorEnv
+from trainers.envs.vmas import VmasEnv, scenario_files
+
+_VMAS = "vmas/"
 
 
 def make_env(
@@ -12,13 +15,13 @@ def make_env(
     *,
     copies: int,
     agents: int | None = None,
-    seed: int = 0,  # noqa: ARG001 -- the games draw nothing
+    seed: int = 0,
     args: Mapping[str, object] | None = None,
 ) -> VectorEnv:
     """Make an environment by its registered name.
 
     Args:
-        name: E.g. "specialisation".
+        name: E.g. "specialisation" or "vmas/navigation".
         copies: Number of copies stepped at once.
         agents: Number of agents; None for the environment's own default.
         seed: Seed of all its randomness.
@@ -35,4 +38,7 @@ def make_env(
     args = args or {}
     if name in NAMES:
         return MatrixGame(name, copies=copies, agents=agents, args=args)
-    raise unknown_name("environment", name, NAMES)
+    if name.startswith(_VMAS):
+        scenario = name.removeprefix(_VMAS)
+        return VmasEnv(scenario, copies=copies, agents=agents, seed=seed, args=args)
+    raise unknown_name("environment", name, [*NAMES, *(_VMAS + s for s in scenario_files())])

@@ -128,14 +128,6 @@ class MatrixGame(VectorEnv):
             final_observation=final,
         )
 
-    def state(self) -> dict[str, Tensor]:
-        """See `VectorEnv.state`: the observation aside, only the step within the episode."""
-        return {"time": torch.tensor(self._time)}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """See `VectorEnv.load_state`."""
-        self._time = int(state["time"])
-
     def reset_observation(self) -> Float[Tensor, "agent copy obs"]:
         """The constant observation of the one-shot games.
 

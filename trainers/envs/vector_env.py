@@ -95,19 +95,3 @@ class VectorEnv(ABC):
         Returns:
             What the step brought.
         """
-
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Copy out all that the future depends on, random states included.
-
-        Returns:
-            Tensors by name; loading them into an equal environment continues bit for bit.
-        """
-
-    @abstractmethod
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what `state` returned.
-
-        Args:
-            state: Tensors by name, from an environment made with the same arguments.
-        """

@@ -1,0 +1,189 @@
+"""VMAS scenarios whose agents share an observation and action size (Bettini et al., 2022)."""
+
+import ast
+import contextlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gradlab.checks import UsageError, check, unknown_name
+from trainers.envs.vector_env import Box, Discrete, EnvSpec, Step, VectorEnv
+
+
+def scenario_files() -> dict[str, Path]:
+    """Find the scenarios that VMAS ships, without importing it.
+
+    Returns:
+        Each scenario's source file by name.
+    """
+    found = importlib.util.find_spec("vmas")
+    assert found is not None
+    assert found.origin is not None
+    files = (Path(found.origin).parent / "scenarios").rglob("*.py")
+    return {file.stem: file for file in sorted(files) if file.stem != "__init__"}
+
+
+def scenario_arguments(file: Path) -> list[str]:
+    """Read the keyword arguments that a scenario takes off its source.
+
+    Args:
+        file: The scenario's source file.
+
+    Returns:
+        Their names: what it pops or gets from `kwargs`.
+    """
+    return [
+        node.args[0].value
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in {"pop", "get"}
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "kwargs"
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+    ]
+
+
+class VmasEnv(VectorEnv):
+    """A VMAS scenario; an episode is cut off (truncated) after `max_steps`, 100 by default."""
+
+    def __init__(
+        self,
+        scenario: str,
+        *,
+        copies: int,
+        agents: int | None,
+        seed: int,
+        args: Mapping[str, Any],
+    ) -> None:
+        files = scenario_files()
+        if scenario not in files:
+            raise unknown_name("VMAS scenario", scenario, files)
+        known = scenario_arguments(files[scenario])
+        for key in args:
+            if key not in {*known, "max_steps", "continuous_actions"}:
+                raise unknown_name(
+                    f"argument of vmas/{scenario}",
+                    key,
+                    sorted({*known, "max_steps", "continuous_actions"}),
+                )
+        settings = {"max_steps": 100, "continuous_actions": True, **args}
+        for key, kind in (("max_steps", int), ("continuous_actions", bool)):
+            value = settings[key]
+            check(type(value) is kind, key, f"be of type {kind.__name__}", value)
+        check(settings["max_steps"] >= 1, "max_steps", "be at least 1", settings["max_steps"])
+        if agents is not None and "n_agents" in known:
+            settings["n_agents"] = agents
+        vmas = _import_vmas()
+        self._shared_random: list[Any] = vmas.simulator.environment.Environment.vmas_random_state
+        self._random = list(self._shared_random)
+        try:
+            with self._own_random():
+                self._env = vmas.make_env(
+                    scenario=scenario,
+                    num_envs=copies,
+                    device="cpu",
+                    seed=seed,
+                    clamp_actions=True,
+                    terminated_truncated=True,
+                    **settings,
+                )
+        except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+            cause = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(f"vmas/{scenario} can't be made with {settings}: {cause}") from None
+        names = tuple(agent.name for agent in self._env.agents)
+        check(agents in {None, len(names)}, "agents", f"be {len(names)} in this scenario", agents)
+        self.copies = copies
+        self.spec = EnvSpec(
+            name=f"vmas/{scenario}",
+            agent_names=names,
+            observation_size=_only(
+                {n: s.shape[0] for n, s in self._spaces("observation", names)},
+                scenario,
+                "observation",
+            ),
+            action_space=self._action_space(names, scenario),
+        )
+
+    @torch.no_grad()
+    def reset(self) -> Float[Tensor, "agent copy obs"]:
+        """See `VectorEnv.reset`."""
+        with self._own_random():
+            return _stack(self._env.reset())
+
+    @torch.no_grad()
+    def step(self, action: Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"]) -> Step:
+        """See `VectorEnv.step`."""
+        if action.dim() == 2:
+            action = action[..., None]
+        with self._own_random():
+            observations, rewards, terminated, truncated, _ = self._env.step(list(action))
+            final = _stack(observations)
+            reward = torch.stack([r.reshape(self.copies) for r in rewards]).float()
+            ended = terminated | truncated
+            observation = final
+            if ended.all():
+                observation = _stack(self._env.reset())
+            elif ended.any():
+                for copy in ended.nonzero()[:, 0].tolist():
+                    self._env.reset_at(copy, return_observations=False)
+                observation = _stack(self._env.get_from_scenario(True, False, False, False)[0])
+        return Step(
+            observation=observation,
+            reward=reward,
+            terminated=terminated.clone(),
+            truncated=truncated & ~terminated,
+            final_observation=final,
+        )
+
+    @contextlib.contextmanager
+    def _own_random(self) -> Iterator[None]:
+        """Swap in this environment's random state: VMAS keeps one for all that a process has."""
+        others = list(self._shared_random)
+        self._shared_random[:] = self._random
+        try:
+            yield
+        finally:
+            self._random = list(self._shared_random)
+            self._shared_random[:] = others
+
+    def _spaces(self, kind: str, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+        return list(zip(names, getattr(self._env, f"{kind}_space").spaces, strict=True))
+
+    def _action_space(self, names: tuple[str, ...], scenario: str) -> Discrete | Box:
+        spaces = self._spaces("action", names)
+        if not self._env.continuous_actions:
+            counts = {name: int(getattr(space, "n", 0)) for name, space in spaces}
+            return Discrete(n=_only(counts, scenario, "action"))
+        _only({name: space.shape[0] for name, space in spaces}, scenario, "action")
+        space = spaces[0][1]
+        return Box(low=torch.tensor(space.low).float(), high=torch.tensor(space.high).float())
+
+
+def _import_vmas() -> Any:  # noqa: ANN401 -- vmas has no types
+    """Import VMAS without the notice that gym, which it needs, prints about itself."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import vmas.simulator.environment
+
+    return vmas
+
+
+def _stack(observations: list[Tensor]) -> Tensor:
+    return torch.stack(observations).float()
+
+
+def _only(sizes: dict[str, int], scenario: str, kind: str) -> int:
+    if len(set(sizes.values())) != 1:
+        raise UsageError(
+            f"vmas/{scenario}: every agent must have the same {kind} size. Got {sizes}."
+        )
+    return next(iter(sizes.values()))
