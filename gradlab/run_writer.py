@@ -83,7 +83,7 @@ class RunWriter:
         if is_run(path) and not resume:
             raise UsageError(
                 f"{path} already holds a run; nothing was overwritten. "
-                "Choose another --out, or add --resume to go on with it."
+                "Choose another --out."
             )
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; a run needs a folder. Choose another --out.")
