@@ -182,6 +182,8 @@ class Run:
                 database = sqlite3.connect(
                     f"{file.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False
                 )
+                # Without this SQLite refuses a cut-off file whole; the connection can't write.
+                database.execute("PRAGMA writable_schema=ON")
                 (version,) = database.execute("PRAGMA user_version").fetchone()
                 database.execute("SELECT count(*) FROM sqlite_master").fetchone()
             except sqlite3.OperationalError:

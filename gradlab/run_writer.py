@@ -82,8 +82,7 @@ class RunWriter:
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         if is_run(path) and not resume:
             raise UsageError(
-                f"{path} already holds a run; nothing was overwritten. "
-                "Choose another --out."
+                f"{path} already holds a run; nothing was overwritten. Choose another --out."
             )
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; a run needs a folder. Choose another --out.")
@@ -182,9 +181,8 @@ class RunWriter:
 
     def _define(self, name: str, array: xr.DataArray) -> None:
         dims = tuple(str(dim) for dim in array.dims)
-        coordinates = {
-            str(dim): np.asarray(array[dim]).tolist() for dim in array.dims if dim in array.coords
-        }
+        # an axis without labels gets its positions
+        coordinates = {str(dim): np.asarray(array[dim]).tolist() for dim in array.dims}
         if name in self._shapes:
             known_dims, _, known_coordinates = self._shapes[name]
             if (dims, coordinates) != (known_dims, known_coordinates):
