@@ -1,6 +1,6 @@
 """The last diagnosed conflict of runs, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -76,3 +76,36 @@ def check_name(kind: str, name: str, known: Sequence[str]) -> None:
     """
     if name not in known:
         raise unknown_name(kind, name, known)
+
+
+def quantity_table(runs: Sequence[Run], quantity: str, where: Mapping[str, str]) -> pd.DataFrame:
+    """One recorded quantity of each run at its newest diagnosed update, in long form.
+
+    Args:
+        runs: Runs that recorded it.
+        quantity: Its name.
+        where: A label for each axis to fix; axes that the quantity lacks are passed over.
+
+    Returns:
+        Columns run, update, the quantity's remaining axes, and the quantity.
+
+    Raises:
+        UsageError: If a run lacks the quantity or a label.
+    """
+    parts = []
+    for run in runs:
+        array = run.quantity(quantity)
+        if array.sizes["update"] == 0:
+            raise UsageError(f"{run.path} has no record of {quantity} yet. Wait, or train on.")
+        last = array.isel(update=-1)
+        for axis, label in where.items():
+            if axis in last.dims:
+                check_name(axis, label, [str(known) for known in last[axis].values])
+                last = last.sel({axis: label})
+        part = last.to_series().rename(quantity).reset_index() if last.dims else None
+        if part is None:
+            part = pd.DataFrame({quantity: [float(last)]})
+        part.insert(0, "update", int(array["update"][-1]))
+        part.insert(0, "run", run.name)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)

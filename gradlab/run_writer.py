@@ -82,7 +82,8 @@ class RunWriter:
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         if is_run(path) and not resume:
             raise UsageError(
-                f"{path} already holds a run; nothing was overwritten. Choose another --out."
+                f"{path} already holds a run; nothing was overwritten. Choose another --out, or "
+                "add --resume to go on with it."
             )
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; a run needs a folder. Choose another --out.")

@@ -1,15 +1,34 @@
+import io
+import shutil
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
+
+from analyses.listing import list_runs
+from gradlab.cli import run as main
+from gradlab.run import open_run
 
 WRONG = {
     "method": (["train", "--method", "hypermal"], "Did you mean 'hypermarl'?"),
     "environment": (["train", "--env", "specialization"], "Did you mean 'specialisation'?"),
-    "agents": (["train", "--agents", "0"], "`agents` must be at least 1"),
+    "scenario": (["train", "--env", "vmas/navigatoin"], "Did you mean 'navigation'?"),
+    "agents": (["train", "--agents", "0"], "`agents`"),
+    "agents_not_a_number": (["train", "--agents", "many"], "Got agents='many'"),
     "argument": (["train", "--env-arg", "action=3"], "Did you mean 'actions'?"),
-    "setting": (["train", "--set", "ppo.epoch=3"], "Unknown setting 'ppo.epoch'"),
+    "argument_form": (["train", "--env-arg", "actions"], "must read NAME=VALUE"),
+    "option": (["train", "--ppo.epoch", "3"], "Did you mean '--ppo.epochs'?"),
+    "too_many": (["runs", "a", "b"], "'b' is one argument too many"),
+    "file": (["train", "--config", "none.yaml"], "none.yaml can't be read"),
+    "diagnostics": (["train", "--diagnostics", "some"], "Got diagnostics='some'"),
+    "resume": (["train", "--resume"], "Add --out DIR"),
+    "resume_nothing": (["train", "--resume", "--out", "x"], "x does not exist"),
     "run": (["conflict", "nowhere"], "nowhere does not exist"),
+    "page": (["dashboard", "nowhere", "--html", "p.html"], "nowhere does not exist"),
+    "folder": (["runs", "nowhere"], "nowhere is not a folder"),
+    "command": (["trian"], "invalid choice: 'trian'"),
 }
 
 
@@ -18,14 +37,25 @@ def gradlab(*arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
+def refused(capsys, arguments, message):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("case", WRONG)
-def test_bad_input_is_one_line_and_status_2(tmp_path, case):
-    arguments, message = WRONG[case]
-    result = gradlab(*arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, *WRONG[case])
     assert not (tmp_path / "runs").exists()
+
+
+def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
+    result = gradlab("train", "--method", "hypermal", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("gradlab: error: Unknown method 'hypermal'.")
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_train_conflict_and_dashboard_work_beside_a_folder_called_trainers(tmp_path):
@@ -39,3 +69,113 @@ def test_train_conflict_and_dashboard_work_beside_a_folder_called_trainers(tmp_p
     assert gradlab("dashboard", "r", "--html", "page.html", cwd=tmp_path).returncode == 0
     assert (tmp_path / "page.html").stat().st_size > 1_000_000
     assert "hypermarl" in gradlab("runs", ".", cwd=tmp_path).stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    small = ["--frames", "2048", "--agents", "3", "--every", "1", "--out", "r"]
+    result = gradlab("train", *small, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "r"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["conflict", "r", "--layer", "layer7"], "Did you mean 'layer1'?"),
+        (["conflict", "r", "--network", "actr"], "Did you mean 'actor'?"),
+        (["conflict", "r", "--quantity", "cosin"], "Did you mean 'cosine'?"),
+        (["conflict", "r", "--quantity", "cosine", "--space", "phi"], "Did you mean 'psi'?"),
+        (["dashboard", "r", "--html", "missing/folder/p.html"], "can't be written"),
+        (["train", "--out", "r"], "add --resume"),
+        (["train", "--out", "r", "--resume"], "has all 2,048 frames"),
+        (["train", "--out", "r", "--resume", "--method", "fups"], "method='hypermarl', not 'fups'"),
+    ],
+)
+def test_bad_input_about_a_run_is_one_line_and_loses_nothing(
+    run, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(run.parent)
+    before = contents(run)
+    refused(capsys, arguments, message)
+    assert contents(run) == before
+
+
+def contents(folder):
+    run = open_run(folder)
+    records = {name: run.quantity(name).values.tobytes() for name in run.quantities}
+    files = [path for path in folder.rglob("*") if path.is_file() and "sqlite" not in path.name]
+    return records | {path.name: path.read_bytes() for path in files}
+
+
+def test_resume_with_more_frames_trains_on(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    result = gradlab("train", "--resume", "--frames", "6144", "--out", "r", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert open_run(tmp_path / "r").quantity("frames").values.tolist() == [2048, 4096, 6144]
+
+
+def test_settings_come_from_file_and_options_win(tmp_path):
+    (tmp_path / "c.yaml").write_text("method: nops\nframes: 512\nppo: {epochs: 2}\n")
+    options = ["--copies", "4", "--steps", "8", "--ppo.minibatches", "2", "--network.hidden", "8"]
+    options += ["--frames", "64", "--diagnostics", "off"]
+    result = gradlab("train", "--config", "c.yaml", *options, "--out", "r", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    config = open_run(tmp_path / "r").config
+    assert config["method"] == "nops"
+    assert (config["frames"], config["diagnostics"]) == (64, "off")
+    assert config["ppo"]["epochs"] == config["ppo"]["minibatches"] == 2
+    assert config["network"]["hidden"] == [8]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methd: nops", "Did you mean 'method'?"),
+        ("ppo: {epoch: 1}", "Did you mean 'ppo.epochs'?"),
+        ("ppo: [", "is not YAML"),
+        ("- 1", "must hold settings by name"),
+    ],
+)
+def test_bad_settings_file_is_one_line(tmp_path, capsys, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    refused(capsys, ["train", "--config", str(tmp_path / "c.yaml")], message)
+
+
+def test_conflict_prints_the_recorded_quantity(run):
+    result = gradlab("conflict", "r", "--quantity", "cosine", "--format", "csv", cwd=run.parent)
+    table = pd.read_csv(io.StringIO(result.stdout))
+    recorded = open_run(run).quantity("cosine").isel(update=-1)
+    recorded = recorded.sel(network="actor", layer="all", space="psi")
+    assert list(table.columns) == ["run", "update", "agent", "agent_other", "cosine"]
+    np.testing.assert_allclose(table["cosine"], recorded.values.ravel(), rtol=1e-9)
+
+
+def test_damaged_run_shows_what_is_whole(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    file = tmp_path / "r" / "records.sqlite"
+    file.write_bytes(file.read_bytes()[:-5000])
+    (tmp_path / "r" / "records.sqlite-wal").unlink(missing_ok=True)
+    (row,) = list_runs(tmp_path).itertuples()
+    assert "records.sqlite is damaged" in row.state
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "hypermarl" in capsys.readouterr().out
+
+
+def test_help_loads_no_torch():
+    code = (
+        "import sys; from gradlab.__main__ import main; sys.argv = ['gradlab', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'vmas', 'plotly', 'pandas'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_library_loads_none_of_the_other_packages():
+    code = (
+        "import sys, gradlab; gradlab.decompose; gradlab.open_run; gradlab.variance\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "assert not {'trainers', 'analyses', 'dashboards', 'vmas', 'plotly', 'dash'} & loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

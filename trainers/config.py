@@ -24,7 +24,11 @@ class PPOConfig(_Section):
     clip_value: bool = Field(True, description="clip the value loss by the same range")
     discount: Fraction = Field(0.99, description="discount factor gamma")
     gae_lambda: Fraction = Field(0.95, description="lambda of generalised advantage estimation")
-    entropy_coefficient: NonNegative = Field(0.01, description="weight of the entropy bonus")
+    entropy_coefficient: NonNegative | None = Field(
+        None,
+        description="weight of the entropy bonus; by default 0.01 for numbered actions and 0 for "
+        "continuous ones, whose entropy has no upper bound",
+    )
     value_coefficient: NonNegative = Field(0.5, description="weight of the value loss")
     max_gradient_norm: Annotated[float, Field(gt=0)] = Field(
         0.5, description="clip the gradient's norm; nops clips each agent's own gradient"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradlab.probe import Network, diagnose
 from gradlab.run_writer import RunWriter
+from trainers.checkpoints import Checkpoint, Saver
 from trainers.config import TrainConfig
 from trainers.envs import make_env
 from trainers.envs.vector_env import EnvSpec
@@ -36,6 +37,8 @@ class Trainer:
         spec: What the environment looks like.
         actor: Generator of the policies.
         critic: Generator of the value functions.
+        updates_done: Number of updates done so far.
+        last_return: Mean return of the episodes that ended last, NaN before any did.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -66,22 +69,27 @@ class Trainer:
             eps=config.ppo.adam_epsilon,
         )
         self.collector = Collector(env)
+        self.updates_done = 0
+        self.last_return = math.nan
+        self._saver = Saver()
         self.policy_loss = policy_loss(self.policy, config.ppo)
         self.value_loss = value_loss(self.value, config.ppo)
 
-    def run(self, writer: RunWriter, progress: Progress) -> None:
-        """Train for the configured frames, recording every update.
+    def run(
+        self, writer: RunWriter, progress: Progress, stop: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Train from where this trainer stands to the configured frames, recording every update.
 
         Args:
             writer: The run folder.
             progress: Told of every update.
+            stop: Asked after each update whether to stop there.
 
-        Raises:
-            KeyboardInterrupt: If interrupted; what is recorded stays whole.
+        Returns:
+            Whether all frames are done. Either way the last update is checkpointed.
         """
         config = self.config
-        last_return = math.nan
-        for update in range(config.updates):
+        for update in range(self.updates_done, config.updates):
             began = time.perf_counter()
             rollout = self._collect()
             quantities: dict[str, xr.DataArray] = {}
@@ -90,7 +98,7 @@ class Trainer:
             losses = self._update(rollout.samples)
             frames = (update + 1) * config.copies * config.steps
             if rollout.episode_returns:
-                last_return = fmean(rollout.episode_returns)
+                self.last_return = fmean(rollout.episode_returns)
             scalars: dict[str, tuple[float, str]] = {
                 "frames": (frames, "frames"),
                 "episode_return": (_mean(rollout.episode_returns), "reward"),
@@ -104,7 +112,71 @@ class Trainer:
                 for name, (value, unit) in scalars.items()
             }
             writer.write(update, quantities)
-            progress(frames, last_return)
+            self.updates_done = update + 1
+            progress(frames, self.last_return)
+            stopping = stop()
+            self._saver.save(writer.path, self.state, at_once=stopping)
+            if stopping:
+                break
+        self._saver.save(writer.path, self.state, at_once=True)
+        return self.updates_done >= config.updates
+
+    def state(self) -> Checkpoint:
+        """Copy all that the rest of the training depends on.
+
+        Returns:
+            A checkpoint of the last update that is done.
+        """
+        env_tensors, env_values = self.collector.env.state()
+        tensors = {
+            "random": self.random.get_state(),
+            "collector.observation": self.collector.observation,
+            "collector.running_return": self.collector.running_return,
+            "collector.running_length": self.collector.running_length,
+            **{f"env{path}": tensor for path, tensor in env_tensors.items()},
+        }
+        for network in ("actor", "critic"):
+            for name, tensor in getattr(self, network).state_dict().items():
+                tensors[f"{network}.{name}"] = tensor
+        for number, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{name}": value for name, value in moments.items()}
+        return Checkpoint(
+            update=self.updates_done - 1,
+            tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
+            values={
+                "env": env_values,
+                "last_return": None if math.isnan(self.last_return) else self.last_return,
+            },
+        )
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint as if the training had never stopped.
+
+        Args:
+            checkpoint: What `state` returned, from a trainer of the same settings.
+        """
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {
+                name.removeprefix(prefix): tensor
+                for name, tensor in checkpoint.tensors.items()
+                if name.startswith(prefix)
+            }
+
+        self.updates_done = checkpoint.update + 1
+        last = checkpoint.values["last_return"]
+        self.last_return = math.nan if last is None else last
+        self.random.set_state(checkpoint.tensors["random"])
+        self.actor.load_state_dict(under("actor."))
+        self.critic.load_state_dict(under("critic."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in under("adam.").items():
+            number, _, kind = name.partition(".")
+            moments.setdefault(int(number), {})[kind] = tensor
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
+        self.collector.env.load_state(under("env"), checkpoint.values["env"])
+        for name, tensor in under("collector.").items():
+            setattr(self.collector, name, tensor)
 
     def _collect(self) -> Rollout:
         with torch.no_grad():

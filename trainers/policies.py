@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -12,9 +13,15 @@ from trainers.networks import MLP, Theta, per_agent
 
 
 class Policy(ABC):
-    """A stochastic policy pi(action | observation; theta)."""
+    """A stochastic policy pi(action | observation; theta).
+
+    Attributes:
+        network: What the distribution's parameters come from.
+        usual_entropy_coefficient: Weight of the entropy bonus that PPO usually has with it.
+    """
 
     network: MLP
+    usual_entropy_coefficient: ClassVar[float]
 
     @abstractmethod
     def sample(
@@ -61,6 +68,7 @@ class Categorical(Policy):
     """A distribution over numbered actions; the network's outputs are logits."""
 
     network: MLP
+    usual_entropy_coefficient: ClassVar[float] = 0.01
 
     def sample(
         self, theta: Theta, observation: Tensor, generator: Generator
@@ -88,6 +96,7 @@ class Gaussian(Policy):
 
     network: MLP
     box: Box
+    usual_entropy_coefficient: ClassVar[float] = 0.0
 
     def sample(
         self, theta: Theta, observation: Tensor, generator: Generator

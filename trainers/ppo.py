@@ -17,19 +17,21 @@ def policy_loss(policy: Policy, config: PPOConfig) -> Surrogate:
 
     Args:
         policy: The policy.
-        config: Clip range and entropy coefficient.
+        config: Clip range and entropy coefficient (None: the policy's usual one).
 
     Returns:
         A function of policy parameters and samples (`observation`, `action`, `log_prob`,
         `advantage`) that returns each sample's loss.
     """
+    weight = config.entropy_coefficient
+    entropy_weight = policy.usual_entropy_coefficient if weight is None else weight
 
     def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
         log_prob, entropy = policy.evaluate(theta, sample["observation"], sample["action"])
         ratio = torch.exp(log_prob - sample["log_prob"])
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
         gain = torch.minimum(ratio * sample["advantage"], clipped * sample["advantage"])
-        return -gain - config.entropy_coefficient * entropy
+        return -gain - entropy_weight * entropy
 
     return loss
 

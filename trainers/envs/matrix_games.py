@@ -1,6 +1,7 @@
 """The Specialisation and Synchronisation games, stateless and temporal (HyperMARL, section 3)."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -127,6 +128,14 @@ class MatrixGame(VectorEnv):
             truncated=torch.full((self.copies,), cut_off),
             final_observation=final,
         )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See `VectorEnv.state`."""
+        return {}, {"time": self._time}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:  # noqa: ARG002
+        """See `VectorEnv.load_state`."""
+        self._time = values["time"]
 
     def reset_observation(self) -> Float[Tensor, "agent copy obs"]:
         """The constant observation of the one-shot games.

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -94,4 +95,21 @@ class VectorEnv(ABC):
 
         Returns:
             What the step brought.
+        """
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copy what the environment needs to go on exactly as it would.
+
+        Returns:
+            Tensors by name, and the rest as JSON can hold it.
+        """
+
+    @abstractmethod
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Go on from a copied state.
+
+        Args:
+            tensors: What `state` returned first.
+            values: What it returned second.
         """

@@ -14,7 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradlab.checks import UsageError, check, unknown_name
+from trainers.envs.object_state import capture, restore
 from trainers.envs.vector_env import Box, Discrete, EnvSpec, Step, VectorEnv
+
+_RANDOM = ("/random/torch", "/random/numpy", "/random/python")
 
 
 def scenario_files() -> dict[str, Path]:
@@ -99,6 +102,9 @@ class VmasEnv(VectorEnv):
         except (AssertionError, TypeError, ValueError, RuntimeError) as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"vmas/{scenario} can't be made with {settings}: {cause}") from None
+        # VMAS loads a scenario's file as a module of its own.
+        own = type(self._env.scenario).__module__
+        self._packages = ("vmas", "torch.distributions", own)
         names = tuple(agent.name for agent in self._env.agents)
         check(agents in {None, len(names)}, "agents", f"be {len(names)} in this scenario", agents)
         self.copies = copies
@@ -143,6 +149,37 @@ class VmasEnv(VectorEnv):
             truncated=truncated & ~terminated,
             final_observation=final,
         )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See `VectorEnv.state`."""
+        tensors, values = capture(self._env, self._packages)
+        torch_state, (kind, keys, *rest), (version, words, gauss) = self._random
+        tensors |= {
+            _RANDOM[0]: torch_state.clone(),
+            _RANDOM[1]: torch.from_numpy(keys.astype("int64")),
+            _RANDOM[2]: torch.tensor(words),
+        }
+        return tensors, values | {"numpy": [kind, rest], "python": [version, gauss]}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """See `VectorEnv.load_state`."""
+        # Some of a scenario's attributes only come to be with the first step.
+        self.reset()
+        space, shape = self.spec.action_space, (self.spec.agents, self.copies)
+        self.step(
+            torch.zeros(shape, dtype=torch.int64)
+            if isinstance(space, Discrete)
+            else space.low.expand(*shape, -1)
+        )
+        inside = {path: x for path, x in tensors.items() if path not in _RANDOM}
+        restore(self._env, self._packages, inside, values)
+        kind, rest = values["numpy"]
+        version, gauss = values["python"]
+        self._random = [
+            tensors[_RANDOM[0]].clone(),
+            (kind, tensors[_RANDOM[1]].numpy().astype("uint32"), *rest),
+            (version, tuple(tensors[_RANDOM[2]].tolist()), gauss),
+        ]
 
     @contextlib.contextmanager
     def _own_random(self) -> Iterator[None]:

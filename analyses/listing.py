@@ -1,0 +1,43 @@
+"""The runs in a folder at a glance."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from gradlab.checks import UsageError
+from gradlab.run import Run, open_run
+from gradlab.run_writer import is_run
+
+COLUMNS = ("run", "method", "environment", "frames", "last_return", "state")
+
+
+def list_runs(folder: Path) -> pd.DataFrame:
+    """List the runs anywhere below a folder.
+
+    Args:
+        folder: Where to look.
+
+    Returns:
+        Columns run, method, environment, frames, last_return (NaN where there is none), state;
+        one row for each run. What keeps a run from being read stands in its state.
+    """
+    folders = sorted(path for path in folder.rglob("*") if path.is_dir() and is_run(path))
+    return pd.DataFrame([_row(path) for path in folders], columns=list(COLUMNS))
+
+
+def _row(path: Path) -> tuple[object, ...]:
+    try:
+        run = open_run(path)
+    except UsageError as error:
+        return str(path), "-", "-", "-", float("nan"), str(error)
+    frames = _last(run, "frames")
+    state = "; ".join([run.state, *run.problems])
+    shown = "-" if frames != frames else f"{frames:,.0f}"
+    return str(path), run.method, run.environment, shown, _last(run, "episode_return"), state
+
+
+def _last(run: Run, quantity: str) -> float:
+    if quantity not in run.quantities:
+        return float("nan")
+    known = run.quantity(quantity).dropna("update")
+    return float(known[-1]) if known.size else float("nan")

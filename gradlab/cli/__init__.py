@@ -1,0 +1,102 @@
+"""The command line: reads arguments, builds the parts, runs them, shows the result."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gradlab.checks import UsageError, unknown_name
+from gradlab.cli import show, train
+from gradlab.cli.options import add_settings
+
+_INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401 -- argparse's own
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. `{self.prog} --help` lists what there is.")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What follows the program's name.
+
+    Returns:
+        The exit status: 0 done, 2 bad usage, 130 interrupted.
+    """
+    try:
+        options, unknown = _parser().parse_known_args(arguments)
+        if unknown:
+            raise _unknown_option(unknown[0], options.parser)
+        options.command(options)
+    except UsageError as error:
+        print(f"gradlab: error: {error}", file=sys.stderr)
+        return 2
+    except train.Stopped as stopped:
+        print(f"gradlab: {stopped}", file=sys.stderr)
+        return _INTERRUPTED
+    except KeyboardInterrupt:
+        print("gradlab: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _unknown_option(text: str, parser: argparse.ArgumentParser) -> UsageError:
+    if not text.startswith("-"):
+        return UsageError(f"{text!r} is one argument too many for `{parser.prog}`.")
+    known = [option for action in parser._actions for option in action.option_strings]
+    return unknown_name(f"option of `{parser.prog}`", text.partition("=")[0], known)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gradlab",
+        description="Which agents' gradients interfere, how much of it is real, and where it "
+        "comes from.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    add = commands.add_parser("train", help="train with diagnostics, and show the conflict")
+    add.add_argument("--config", type=Path, metavar="FILE", help="settings as YAML; options win")
+    add.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run's folder (default: a new one in runs/)"
+    )
+    add.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    add_settings(add)
+    add.set_defaults(command=train.train, parser=add)
+
+    add = commands.add_parser("demo", help="three methods on the Specialisation game, compared")
+    add.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    add.set_defaults(command=train.demo, parser=add)
+
+    add = commands.add_parser("conflict", help="show which agents' gradients conflict")
+    add.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    add.add_argument(
+        "--quantity",
+        default=show.SUMMARY,
+        metavar="NAME",
+        help="a recorded quantity instead of the summary, e.g. cosine",
+    )
+    add.add_argument("--network", default="actor", help="actor (default) or critic")
+    add.add_argument("--layer", default="all", help="a layer's name, or all (default)")
+    add.add_argument("--space", default="psi", help="psi (g, default) or theta (Z)")
+    add.add_argument("--format", choices=["table", "csv", "json"], default="table")
+    add.set_defaults(command=show.conflict, parser=add)
+
+    add = commands.add_parser("dashboard", help="write a page to look at")
+    add.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    add.add_argument(
+        "--html", type=Path, required=True, metavar="FILE", help="one page that works offline"
+    )
+    add.set_defaults(command=show.dashboard, parser=add)
+
+    add = commands.add_parser("runs", help="list the runs in a folder")
+    add.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR")
+    add.set_defaults(command=show.runs, parser=add)
+    return parser

@@ -1,0 +1,139 @@
+"""Commands that show what runs recorded."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from gradlab.checks import UsageError
+
+if TYPE_CHECKING:  # pandas takes half a second, and `gradlab --help` needs none of it
+    import pandas as pd
+
+    from gradlab.run import Run
+
+SUMMARY = "summary"
+
+
+def conflict(options: argparse.Namespace) -> None:
+    """`gradlab conflict`: the summary, or one quantity, of runs side by side.
+
+    Args:
+        options: The parsed command line.
+    """
+    if options.quantity == SUMMARY:
+        print_conflict(options.runs, options.network, options.layer, options.format)
+        return
+    from analyses.conflict import quantity_table
+    from gradlab.run import open_run
+
+    runs = [open_run(folder) for folder in options.runs]
+    where = {"network": options.network, "layer": options.layer, "space": options.space}
+    table = quantity_table(runs, options.quantity, where)
+    _print_problems(runs)
+    _print_table(table, options.format, options.quantity)
+
+
+def print_conflict(
+    folders: Sequence[Path], network: str = "actor", layer: str = "all", form: str = "table"
+) -> None:
+    """Print the conflict summary of runs side by side.
+
+    Args:
+        folders: The runs.
+        network: "actor" or "critic".
+        layer: A layer's name, or "all".
+        form: "table", "csv" or "json".
+    """
+    from analyses.conflict import conflict_table
+    from gradlab.run import open_run
+
+    runs = [open_run(folder) for folder in folders]
+    table = conflict_table(runs, network=network, layer=layer)
+    _print_problems(runs)
+    if form != "table":
+        _print_table(table, form, "")
+        return
+    title = f"Gradient conflict ({network}, {layer}): naive plug-in figures of one rollout"
+    shown = Table("", *(str(name) for name in table["run"]), title=title)
+    for name in table.columns[1:]:
+        shown.add_row(str(name), *(_text(value) for value in table[name]))
+    Console().print(shown)
+
+
+def dashboard(options: argparse.Namespace) -> None:
+    """`gradlab dashboard`: write one self-contained page.
+
+    Args:
+        options: The parsed command line.
+    """
+    write_dashboard(options.runs, options.html)
+    print(f"Dashboard: {options.html}")
+
+
+def write_dashboard(folders: Sequence[Path], page: Path) -> None:
+    """Write the page of some runs.
+
+    Args:
+        folders: The runs.
+        page: The file to write.
+
+    Raises:
+        UsageError: If a run can't be read or the file can't be written.
+    """
+    from dashboards import write_page
+    from gradlab.run import open_run
+
+    runs = [open_run(folder) for folder in folders]
+    try:
+        write_page(runs, page)
+    except OSError as error:
+        raise UsageError(
+            f"{page} can't be written: {error.strerror}. Choose another --html."
+        ) from None
+    _print_problems(runs)
+
+
+def runs(options: argparse.Namespace) -> None:
+    """`gradlab runs`: list the runs in a folder; a run that can't be read does not hide others.
+
+    Args:
+        options: The parsed command line.
+
+    Raises:
+        UsageError: If there is no such folder.
+    """
+    from analyses.listing import list_runs
+
+    if not options.folder.is_dir():
+        raise UsageError(f"{options.folder} is not a folder. Give the folder that holds the runs.")
+    _print_table(list_runs(options.folder), "table", f"Runs in {options.folder}")
+
+
+def _print_problems(runs: "Sequence[Run]") -> None:
+    for item in runs:
+        for problem in item.problems:
+            print(f"gradlab: {item.path}: {problem}", file=sys.stderr)
+
+
+def _print_table(table: "pd.DataFrame", form: str, title: str) -> None:
+    if form == "csv":
+        print(table.to_csv(index=False).rstrip())
+    elif form == "json":
+        print(json.dumps(json.loads(table.to_json(orient="records")), indent=2))
+    else:
+        shown = Table(*map(str, table.columns), title=title)
+        for row in table.itertuples(index=False):
+            shown.add_row(*map(_text, row))
+        Console().print(shown)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,171 @@
+"""Commands that train."""
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gradlab.checks import UsageError
+from gradlab.cli.options import given_settings, make_config
+from gradlab.cli.show import print_conflict, write_dashboard
+
+DEMO = {
+    method: {"method": method, "env": "specialisation", "agents": 4}
+    for method in ("hypermarl", "fups-id", "nops")
+}
+
+
+class Stopped(Exception):
+    """The training was asked to stop, and did, with everything saved."""
+
+
+def train(options: argparse.Namespace) -> None:
+    """`gradlab train`: one run, then its conflict and how to look at it.
+
+    Args:
+        options: The parsed command line.
+
+    Raises:
+        UsageError: If an option can't be used.
+    """
+    settings = given_settings(options)
+    if options.resume:
+        if options.out is None:
+            raise UsageError("--resume needs the run to go on with. Add --out DIR.")
+        settings = _resumed_settings(options.out, settings)
+    out = options.out or _new_folder(make_config(settings))
+    with _progress() as bar:
+        _train_run(settings, out, bar, resume=options.resume)
+    if make_config(settings).diagnostics != "off":
+        print_conflict([out])
+    print(f"Run: {out}\nDashboard: gradlab dashboard {out} --html {out}.html")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """`gradlab demo`: three sharing schemes on one game, compared; runs that exist are kept.
+
+    Args:
+        options: The parsed command line.
+    """
+    from gradlab.run import open_run
+    from gradlab.run_writer import is_run
+
+    folders = {options.out / method: settings for method, settings in DEMO.items()}
+    page = options.out / "dashboard.html"
+    with _progress() as bar:
+        report = bar.add_task("report", total=1, start=False, rate="", last="")
+        for folder, settings in folders.items():
+            if not (is_run(folder) and open_run(folder).state == "done"):
+                _train_run(settings, folder, bar, resume=is_run(folder))
+        bar.start_task(report)
+        write_dashboard(list(folders), page)
+        bar.advance(report)
+    print_conflict(list(folders))
+    print(f"Dashboard: {page}")
+
+
+def _train_run(settings: Mapping[str, Any], out: Path, bar: Progress, *, resume: bool) -> None:
+    from gradlab.run_writer import RunWriter
+    from trainers.checkpoints import newest_checkpoint
+    from trainers.loop import Trainer, describe
+
+    config = make_config(settings)
+    trainer = Trainer(config)
+    with RunWriter(out, resume=resume) as writer:
+        checkpoint, problems = newest_checkpoint(out)
+        for sentence in [*writer.notes, *problems]:
+            print(f"gradlab: {sentence}", file=sys.stderr)
+        if checkpoint:
+            trainer.load_state(checkpoint)
+        if resume and trainer.updates_done >= config.updates:
+            raise UsageError(
+                f"{out} has all {config.frames:,} frames. To train on, ask for more: --frames."
+            )
+        writer.discard_after(trainer.updates_done - 1)
+        writer.describe(**describe(trainer), state="running")
+        task = bar.add_task(
+            config.method,
+            total=config.frames,
+            completed=trainer.updates_done * config.copies * config.steps,
+            rate="",
+            last="",
+        )
+
+        def progress(frames: int, last: float) -> None:
+            speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
+            bar.update(
+                task,
+                completed=min(frames, config.frames),
+                rate=f"{speed:,.0f} frames/s" if speed else "",
+                last="" if math.isnan(last) else f"return {last:.3f}",
+            )
+
+        with _stop_on_signal() as stop:
+            finished = trainer.run(writer, progress, stop)
+        writer.describe(state="done" if finished else "stopped")
+    if not finished:
+        raise Stopped(f"stopped and saved. To go on: gradlab train --resume --out {out}")
+
+
+def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run to go on with; only its length may change."""
+    from gradlab.run import open_run
+
+    kept = open_run(out).config
+    if not kept:
+        raise UsageError(f"{out} can't be resumed: its run.json is lost or damaged.")
+    recorded, asked = (make_config(s).model_dump(mode="json") for s in (kept, {**kept, **given}))
+    differing = [name for name in recorded if recorded[name] != asked[name] and name != "frames"]
+    if differing:
+        name = differing[0]
+        raise UsageError(
+            f"{out} was started with {name}={recorded[name]!r}, not {asked[name]!r}; a resumed run "
+            "can only change --frames. Leave the option out, or start a new run."
+        )
+    return asked
+
+
+def _new_folder(config: Any) -> Path:  # noqa: ANN401
+    name = f"{config.method}-{config.env.replace('/', '-')}"
+    return next(
+        folder for i in range(sys.maxsize) if not (folder := Path("runs", f"{name}-{i}")).exists()
+    )
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:15}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[last]}"),
+    )
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C (or SIGTERM) into a wish to stop; the second one acts at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -1,0 +1,156 @@
+"""Checkpoints that a kill at any moment leaves whole, in files that nothing can hide code in."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from gradlab.checks import UsageError
+from gradlab.run_writer import write_atomically
+
+SCHEMA = 1
+FOLDER = "checkpoints"
+KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """All that a trainer needs to go on.
+
+    Attributes:
+        update: The last update that is done.
+        tensors: Tensors by name.
+        values: The rest, as JSON can hold it.
+    """
+
+    update: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, then delete all but the last two.
+
+    The tensors are in place before the JSON file that makes them count.
+
+    Args:
+        run: The run folder.
+        checkpoint: What to write.
+
+    Raises:
+        OSError: If the disk refuses; older checkpoints are then still there.
+    """
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    data = save({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()})
+    stem = folder / f"{checkpoint.update:09d}"
+    write_atomically(stem.with_suffix(".safetensors"), data)
+    head = {
+        "schema": SCHEMA,
+        "update": checkpoint.update,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "values": checkpoint.values,
+    }
+    write_atomically(stem.with_suffix(".json"), json.dumps(head).encode())
+    _sync(folder)
+    for old in _stems(run)[:-KEPT]:
+        old.with_suffix(".json").unlink(missing_ok=True)
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+class Saver:
+    """Writes checkpoints as often as costs at most about 2 % of the time."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._saved = -1
+
+    def save(self, run: Path, state: Callable[[], Checkpoint], *, at_once: bool) -> None:
+        """Write a checkpoint if it is time to.
+
+        Args:
+            run: The run folder.
+            state: Makes the checkpoint.
+            at_once: Whatever the time, unless that update is saved already.
+        """
+        began = time.monotonic()
+        if not at_once and began < self._next:
+            return
+        checkpoint = state()
+        if checkpoint.update > self._saved:
+            write_checkpoint(run, checkpoint)
+            self._saved = checkpoint.update
+        ended = time.monotonic()
+        self._next = ended + 50 * (ended - began)
+
+
+def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Read the newest checkpoint that is whole.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The checkpoint, None if there is none; and a sentence for each damaged one passed over.
+
+    Raises:
+        UsageError: If a checkpoint was written by a newer gradlab.
+    """
+    problems: list[str] = []
+    for stem in reversed(_stems(run)):
+        found = _read_if_whole(stem)
+        if isinstance(found, Checkpoint):
+            return found, problems
+        problems.append(f"checkpoint {stem} is damaged ({found}): passed over")
+    return None, problems
+
+
+def _read_if_whole(stem: Path) -> Checkpoint | str:
+    """The checkpoint, or what is wrong with it."""
+    try:
+        return _read(stem)
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return str(error)
+
+
+def _read(stem: Path) -> Checkpoint:
+    head = json.loads(stem.with_suffix(".json").read_bytes())
+    if not isinstance(head, dict):
+        raise ValueError("its .json file holds no object")
+    if head["schema"] != SCHEMA:
+        raise UsageError(
+            f"{stem}.json has schema version {head['schema']!r}; this gradlab reads {SCHEMA}. "
+            "Resume with the gradlab that wrote it, or upgrade."
+        )
+    data = stem.with_suffix(".safetensors").read_bytes()
+    if hashlib.sha256(data).hexdigest() != head["sha256"]:
+        raise ValueError("its tensors are not those that were written")
+    return Checkpoint(update=head["update"], tensors=load(data), values=head["values"])
+
+
+def _stems(run: Path) -> list[Path]:
+    """Paths without suffix of the checkpoints that were finished, oldest first."""
+    return sorted(
+        path.with_suffix("")
+        for path in (run / FOLDER).glob("*.json")
+        if path.stem.isdigit() and path.is_file()
+    )
+
+
+def _sync(folder: Path) -> None:
+    """Make the renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
