@@ -84,10 +84,6 @@ def _train_run(settings: Mapping[str, Any], out: Path, bar: Progress, *, resume:
             print(f"gradlab: {sentence}", file=sys.stderr)
         if checkpoint:
             trainer.load_state(checkpoint)
-        if resume and trainer.updates_done >= config.updates:
-            raise UsageError(
-                f"{out} has all {config.frames:,} frames. To train on, ask for more: --frames."
-            )
         writer.discard_after(trainer.updates_done - 1)
         writer.describe(**describe(trainer), state="running")
         task = bar.add_task(
@@ -117,6 +113,7 @@ def _train_run(settings: Mapping[str, Any], out: Path, bar: Progress, *, resume:
 def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run to go on with; only its length may change."""
     from gradlab.run import open_run
+    from trainers.checkpoints import newest_checkpoint
 
     kept = open_run(out).config
     if not kept:
@@ -128,6 +125,12 @@ def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"{out} was started with {name}={recorded[name]!r}, not {asked[name]!r}; a resumed run "
             "can only change --frames. Leave the option out, or start a new run."
+        )
+    checkpoint, _ = newest_checkpoint(out)
+    config = make_config(asked)
+    if checkpoint and checkpoint.update + 1 >= config.updates:
+        raise UsageError(
+            f"{out} has all {config.frames:,} frames. To train on, ask for more with --frames."
         )
     return asked
 

@@ -63,10 +63,10 @@ def test_stopped_and_resumed_run_ends_as_the_uninterrupted_one(tmp_path, case):
     same_records(open_run(tmp_path / "whole"), open_run(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_killed_run_resumes_to_the_same_bits(tmp_path, delay):
-    command = [sys.executable, "-m", "gradlab", "train", "--frames", "25600", "--agents", "3"]
-    command += ["--method", "fups-id", "--copies", "16", "--steps", "16", "--every", "20"]
+    command = [sys.executable, "-m", "gradlab", "train", "--frames", "12800", "--agents", "2"]
+    command += ["--method", "fups-id", "--copies", "16", "--steps", "16", "--every", "10"]
     subprocess.run([*command, "--out", "whole"], cwd=tmp_path, check=True, capture_output=True)
     with subprocess.Popen(
         [*command, "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL
