@@ -75,6 +75,11 @@ class Trainer:
         self.policy_loss = policy_loss(self.policy, config.ppo)
         self.value_loss = value_loss(self.value, config.ppo)
 
+    @property
+    def frames_done(self) -> int:
+        """Environment steps done so far, summed over copies."""
+        return self.updates_done * self.config.copies * self.config.steps
+
     def run(
         self, writer: RunWriter, progress: Progress, stop: Callable[[], bool] = lambda: False
     ) -> bool:
@@ -96,11 +101,11 @@ class Trainer:
             if config.diagnostics != "off" and update % config.every == 0:
                 quantities = self._diagnose(rollout)
             losses = self._update(rollout.samples)
-            frames = (update + 1) * config.copies * config.steps
+            self.updates_done = update + 1
             if rollout.episode_returns:
                 self.last_return = fmean(rollout.episode_returns)
             scalars: dict[str, tuple[float, str]] = {
-                "frames": (frames, "frames"),
+                "frames": (self.frames_done, "frames"),
                 "episode_return": (_mean(rollout.episode_returns), "reward"),
                 "episode_length": (_mean(rollout.episode_lengths), "steps"),
                 "reward_per_step": (rollout.reward_per_step, "reward"),
@@ -112,8 +117,7 @@ class Trainer:
                 for name, (value, unit) in scalars.items()
             }
             writer.write(update, quantities)
-            self.updates_done = update + 1
-            progress(frames, self.last_return)
+            progress(self.frames_done, self.last_return)
             stopping = stop()
             self._saver.save(writer.path, self.state, at_once=stopping)
             if stopping:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gradlab.checks import UsageError, unknown_name
-from gradlab.cli import show, train
+from gradlab.cli import show, study, train
 from gradlab.cli.options import add_settings
 
 _INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -99,4 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("runs", help="list the runs in a folder")
     add.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR")
     add.set_defaults(command=show.runs, parser=add)
+
+    add = commands.add_parser("study", help="answer a question of the literature by training")
+    add.add_argument("name", metavar="NAME", help="a study's name, or list")
+    add.add_argument("--budget", default="quick", help="quick (default) or standard")
+    add.add_argument("--out", type=Path, metavar="DIR", help="folder of its runs")
+    add.set_defaults(command=study.study, parser=add)
     return parser

@@ -72,40 +72,25 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def _train_run(settings: Mapping[str, Any], out: Path, bar: Progress, *, resume: bool) -> None:
-    from gradlab.run_writer import RunWriter
-    from trainers.checkpoints import newest_checkpoint
-    from trainers.loop import Trainer, describe
+    from trainers.train import train_run
 
     config = make_config(settings)
-    trainer = Trainer(config)
-    with RunWriter(out, resume=resume) as writer:
-        checkpoint, problems = newest_checkpoint(out)
-        for sentence in [*writer.notes, *problems]:
-            print(f"gradlab: {sentence}", file=sys.stderr)
-        if checkpoint:
-            trainer.load_state(checkpoint)
-        writer.discard_after(trainer.updates_done - 1)
-        writer.describe(**describe(trainer), state="running")
-        task = bar.add_task(
-            config.method,
-            total=config.frames,
-            completed=trainer.updates_done * config.copies * config.steps,
-            rate="",
-            last="",
+    task = bar.add_task(config.method, total=config.frames, rate="", last="")
+
+    def progress(frames: int, last: float) -> None:
+        speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
+        bar.update(
+            task,
+            completed=min(frames, config.frames),
+            rate=f"{speed:,.0f} frames/s" if speed else "",
+            last="" if math.isnan(last) else f"return {last:.3f}",
         )
 
-        def progress(frames: int, last: float) -> None:
-            speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
-            bar.update(
-                task,
-                completed=min(frames, config.frames),
-                rate=f"{speed:,.0f} frames/s" if speed else "",
-                last="" if math.isnan(last) else f"return {last:.3f}",
-            )
+    def tell(sentence: str) -> None:
+        print(f"gradlab: {sentence}", file=sys.stderr)
 
-        with _stop_on_signal() as stop:
-            finished = trainer.run(writer, progress, stop)
-        writer.describe(state="done" if finished else "stopped")
+    with _stop_on_signal() as stop:
+        finished = train_run(config, out, resume=resume, progress=progress, stop=stop, tell=tell)
     if not finished:
         raise Stopped(f"stopped and saved. To go on: gradlab train --resume --out {out}")
 

@@ -1,0 +1,117 @@
+"""What a study is, and how it is run: several trainings side by side, then one report."""
+
+import platform
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gradlab.checks import check
+from gradlab.run import Run, open_run
+from gradlab.run_writer import is_run, write_atomically
+from trainers.train import train_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a study says of one claim.
+
+    Attributes:
+        claim: The claim.
+        holds: Whether the runs support it.
+        evidence: The numbers that say so.
+    """
+
+    claim: str
+    holds: bool
+    evidence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A question, the runs that answer it, and how they are read.
+
+    Attributes:
+        name: Its registered name.
+        question: What is asked, in one sentence.
+        budgets: Settings of each run, by run name, for each budget.
+        report: Makes a table and verdicts from the runs by name.
+    """
+
+    name: str
+    question: str
+    budgets: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    report: Callable[[Mapping[str, Run]], tuple[pd.DataFrame, list[Verdict]]]
+
+
+def run_study(
+    study: Study,
+    budget: str,
+    out: Path,
+    *,
+    workers: int = 2,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> str:
+    """Train what is missing or cut off, and write the report.
+
+    Args:
+        study: The study.
+        budget: One of its budgets.
+        out: Folder of its runs; the report is written to `report.md` in it.
+        workers: Number of trainings at once, each a process of its own.
+        progress: Told, each time a run is done, of the runs done and the runs there are.
+
+    Returns:
+        The report in Markdown.
+
+    Raises:
+        UsageError: If there is no such budget.
+    """
+    check(budget in study.budgets, "budget", f"be one of {', '.join(study.budgets)}", budget)
+    runs = study.budgets[budget]
+    missing = [name for name in runs if not _is_done(out / name)]
+    progress(len(runs) - len(missing), len(runs))
+    # Forked copies of a process that has used torch's threads can hang.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        waiting = [pool.submit(train_settings, dict(runs[name]), out / name) for name in missing]
+        for count, future in enumerate(as_completed(waiting), start=1):
+            future.result()
+            progress(len(runs) - len(missing) + count, len(runs))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    opened = {name: open_run(out / name) for name in runs}
+    table, verdicts = study.report(opened)
+    text = _markdown(study, budget, table, verdicts)
+    write_atomically(out / "report.md", text.encode())
+    return text
+
+
+def _is_done(folder: Path) -> bool:
+    return is_run(folder) and open_run(folder).state == "done"
+
+
+def _markdown(study: Study, budget: str, table: pd.DataFrame, verdicts: list[Verdict]) -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("gradlab", "torch", "vmas"))
+    lines = [
+        f"# {study.question}",
+        "",
+        f"Printed by `gradlab study {study.name} --budget {budget}` with {packages}, "
+        f"Python {platform.python_version()}.",
+        "",
+        "| " + " | ".join(map(str, table.columns)) + " |",
+        "|" + " --- |" * len(table.columns),
+        *("| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)),
+        "",
+        *(
+            f"- **{'supported' if v.holds else 'not supported'}**: {v.claim} ({v.evidence})"
+            for v in verdicts
+        ),
+        "",
+    ]
+    return "\n".join(lines)

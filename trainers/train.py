@@ -1,0 +1,61 @@
+"""One training into one run folder: new, or going on with what is there."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gradlab.run_writer import RunWriter
+from trainers.checkpoints import newest_checkpoint
+from trainers.config import TrainConfig
+from trainers.loop import Progress, Trainer, describe
+
+
+def train_run(
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda *_: None,
+    stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> bool:
+    """Train, recording into a run folder.
+
+    Args:
+        config: All settings.
+        out: The run folder.
+        resume: Go on from the newest checkpoint that is whole (from the start if there is none)
+            with a run that was started with the same settings.
+        progress: Told of every update.
+        stop: Asked after each update whether to stop there.
+        tell: Given sentences that the user should read.
+
+    Returns:
+        Whether all frames are done; otherwise the run can be resumed.
+
+    Raises:
+        UsageError: If the folder or a setting can't be used.
+    """
+    trainer = Trainer(config)
+    with RunWriter(out, resume=resume) as writer:
+        checkpoint, problems = newest_checkpoint(out)
+        for sentence in [*writer.notes, *problems]:
+            tell(sentence)
+        if checkpoint:
+            trainer.load_state(checkpoint)
+            progress(trainer.frames_done, trainer.last_return)
+        writer.discard_after(trainer.updates_done - 1)
+        writer.describe(**describe(trainer), state="running")
+        finished = trainer.run(writer, progress, stop)
+        writer.describe(state="done" if finished else "stopped")
+    return finished
+
+
+def train_settings(settings: Mapping[str, Any], out: Path) -> None:
+    """Train from plain settings, as a worker process is handed them; resumes what was cut off.
+
+    Args:
+        settings: What `TrainConfig` takes.
+        out: The run folder.
+    """
+    train_run(TrainConfig.model_validate(settings), out, resume=True)
