@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradlab.decomposition import Surrogate, decompose, policy_parameters
@@ -15,6 +16,8 @@ from gradlab.variance import variance
 
 Level = Literal["off", "light", "full"]
 LEVELS: tuple[Level, ...] = ("off", "light", "full")
+
+SKETCH_SIZE = 1024
 
 RECORDED = ("cosine", "magnitude_similarity", "norm", "conflict_rate", "mean_cosine")
 
@@ -101,6 +104,9 @@ def embedding_of(generator: nn.Module) -> xr.DataArray | None:
         return None
     with torch.no_grad():
         rows, what = represent()
+    if rows.shape[1] > SKETCH_SIZE:
+        rows = sketch(rows)
+        what += f"; folded to {SKETCH_SIZE} numbers that keep distances to about 4 %"
     agents, features = rows.shape
     return xr.DataArray(
         rows.float().cpu().numpy().copy(),
@@ -108,6 +114,26 @@ def embedding_of(generator: nn.Module) -> xr.DataArray | None:
         coords={"agent": range(agents), "feature": range(features)},
         attrs={"unit": "1", "estimator": what},
     )
+
+
+def sketch(rows: Float[Tensor, "agent feature"]) -> Float[Tensor, "agent bucket"]:
+    """Fold long rows so that a run of big networks stays small.
+
+    A count sketch (Charikar et al., 2002): each feature is added, with a random sign, to a random
+    one of `SKETCH_SIZE` buckets; the same at every call. Squared distances are unbiased, with a
+    relative standard deviation of at most sqrt(2 / SKETCH_SIZE), 4 %.
+
+    Args:
+        rows: One row for each agent.
+
+    Returns:
+        The folded rows.
+    """
+    features = rows.shape[1]
+    random = torch.Generator().manual_seed(0)
+    bucket = torch.randint(SKETCH_SIZE, (features,), generator=random).to(rows.device)
+    sign = (2 * torch.randint(2, (features,), generator=random) - 1).to(rows)
+    return rows.new_zeros(len(rows), SKETCH_SIZE).index_add_(1, bucket, rows * sign)
 
 
 def _in_order(lists: list[list[str]]) -> list[str]:

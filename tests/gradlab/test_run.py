@@ -2,9 +2,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 from gradlab.checks import UsageError
+from gradlab.probe import SKETCH_SIZE, sketch
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter
 
@@ -54,3 +56,13 @@ def test_newer_schema_is_refused(tmp_path):
 def test_empty_folder_is_refused(tmp_path):
     with pytest.raises(UsageError, match="is an empty folder"):
         open_run(tmp_path)
+
+
+def test_folded_rows_keep_distances():
+    random = torch.Generator().manual_seed(1)
+    rows = torch.randn(6, 20_000, generator=random, dtype=torch.float64)
+    folded = sketch(rows)
+    assert folded.shape == (6, SKETCH_SIZE)
+    kept = torch.pdist(folded) / torch.pdist(rows)
+    assert (kept - 1).abs().max() < 4 * 0.5 * (2 / SKETCH_SIZE) ** 0.5
+    torch.testing.assert_close(sketch(rows[:2] - rows[2:4]), folded[:2] - folded[2:4])

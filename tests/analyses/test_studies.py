@@ -1,0 +1,58 @@
+import dataclasses
+import json
+
+import pytest
+
+from analyses.studies import STUDIES, run_study
+from analyses.studies.specialisation import METHODS
+from gradlab.checks import UsageError
+from gradlab.cli import run as main
+from gradlab.run import open_run
+from trainers.envs.matrix_games import chance_return
+
+
+def small(study):
+    runs = {
+        name: {**settings, "frames": 512, "copies": 8, "steps": 8, "every": 4}
+        for name, settings in study.budgets["quick"].items()
+        if "-2ag-" in name
+    }
+    return dataclasses.replace(study, budgets={"quick": runs})
+
+
+def test_study_trains_what_is_missing_and_reports(tmp_path):
+    study = small(STUDIES["specialisation"])
+    told = []
+    text = run_study(study, "quick", tmp_path, progress=lambda *n: told.append(n))
+    assert told[0] == (0, len(METHODS))
+    assert told[-1] == (len(METHODS), len(METHODS))
+    assert (tmp_path / "report.md").read_text() == text
+    row = next(line for line in text.splitlines() if line.startswith("| 2 |"))
+    assert f"| {chance_return(2, 2):.3f} |" in row
+    assert "not supported**: nops reaches 97%" in text
+    # again: nothing is trained a second time; what was cut off is
+    file = tmp_path / "nops-2ag-seed0" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"state": "stopped"}))
+    told.clear()
+    assert run_study(study, "quick", tmp_path, progress=lambda *n: told.append(n)) == text
+    assert told == [(len(METHODS) - 1, len(METHODS)), (len(METHODS), len(METHODS))]
+    assert open_run(tmp_path / "nops-2ag-seed0").state == "done"
+
+
+def test_unknown_budget_and_study_are_refused(tmp_path, capsys):
+    with pytest.raises(UsageError, match="be one of quick, standard"):
+        run_study(STUDIES["specialisation"], "huge", tmp_path)
+    assert main(["study", "specialization"]) == 2
+    assert "Did you mean 'specialisation'?" in capsys.readouterr().err
+    assert main(["study", "list"]) == 0
+    assert "specialisation: Which sharing schemes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_specialisation_verdicts_hold_over_five_seeds(tmp_path):
+    text = run_study(STUDIES["specialisation"], "standard", tmp_path)
+    assert text.count("**supported**") == len(METHODS)
+    for folder in tmp_path.glob("*/"):
+        run = open_run(folder)
+        assert float(run.quantity("seconds").sum()) < 60
+        assert float(run.quantity("residual").max()) < 1e-4
