@@ -9,10 +9,10 @@ demo: $(VENV)/.installed  ## train three methods with diagnostics, compare their
 	$(BIN)/gradlab demo --out $(DEMO)
 
 test: $(VENV)/.installed browser  ## all tests but the slow ones
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -n auto -m "not slow"
 
 test-all: $(VENV)/.installed browser
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto
 
 check: $(VENV)/.installed  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gradlab.checks import UsageError
     from gradlab.decomposition import Decomposition, decompose
-    from gradlab.interference import interference
+    from gradlab.metrics.interference import interference
+    from gradlab.metrics.variance import variance
     from gradlab.run import Run, open_run
-    from gradlab.variance import variance
 
 __all__ = [
     "Decomposition",
@@ -42,17 +42,15 @@ _HOME = {
     "Run": "gradlab.run",
     "UsageError": "gradlab.checks",
     "decompose": "gradlab.decomposition",
-    "interference": "gradlab.interference",
+    "interference": "gradlab.metrics.interference",
     "open_run": "gradlab.run",
-    "variance": "gradlab.variance",
+    "variance": "gradlab.metrics.variance",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'gradlab' has no attribute {name!r}")
-    # importing a submodule binds it to this package under its own name, which may be that of the
-    # function in it; binding the function last keeps `gradlab.variance` the function
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

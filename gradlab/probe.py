@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradlab.decomposition import Surrogate, decompose, policy_parameters
-from gradlab.interference import interference
-from gradlab.variance import variance
+from gradlab.metrics.interference import interference
+from gradlab.metrics.variance import variance
 
 Level = Literal["off", "light", "full"]
 LEVELS: tuple[Level, ...] = ("off", "light", "full")

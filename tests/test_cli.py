@@ -179,3 +179,11 @@ def test_library_loads_none_of_the_other_packages():
         "assert not {'trainers', 'analyses', 'dashboards', 'vmas', 'plotly', 'dash'} & loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_functions_are_not_hidden_by_modules_of_their_name():
+    code = (
+        "import trainers.loop, analyses.conflict, gradlab\n"
+        "assert all(callable(getattr(gradlab, name)) for name in gradlab.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,8 +6,8 @@ from torch.func import functional_call
 
 from gradlab.checks import UsageError
 from gradlab.decomposition import decompose, policy_parameters
-from gradlab.interference import interference
-from gradlab.variance import variance
+from gradlab.metrics.interference import interference
+from gradlab.metrics.variance import variance
 from trainers.config import HypernetworkConfig, PPOConfig
 from trainers.envs.vector_env import Box, Discrete
 from trainers.generators import METHODS

@@ -1,0 +1,1 @@
+"""Quantities of a decomposition: one module each."""
