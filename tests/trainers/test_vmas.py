@@ -2,8 +2,11 @@ import pytest
 import torch
 
 from gradlab.checks import UsageError
+from gradlab.run import open_run
+from trainers.config import TrainConfig
 from trainers.envs import make_env
 from trainers.envs.vector_env import Box, Discrete
+from trainers.train import train_run
 
 NAVIGATION = {"name": "vmas/navigation", "copies": 3, "agents": 2, "args": {"collisions": False}}
 
@@ -66,3 +69,19 @@ def test_time_limit_truncates_with_the_last_observation():
 def test_bad_input_is_a_usage_error(arguments, message):
     with pytest.raises(UsageError, match=message):
         make_env(copies=2, **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "scenario", "gain"),
+    [("hypermarl", "navigation", 2.0), ("fups-id", "dispersion", 0.1)],
+)
+def test_return_improves_clearly_with_diagnostics_on(tmp_path, method, scenario, gain):
+    config = TrainConfig(method=method, env=f"vmas/{scenario}", agents=4, frames=600_000)
+    assert train_run(config, tmp_path / "r")
+    run = open_run(tmp_path / "r")
+    returns = run.quantity("episode_return").dropna("update")
+    assert float(returns[-len(returns) // 10 :].mean()) > float(returns[0]) + gain
+    residual = run.quantity("residual")
+    assert residual.sizes == {"update": 30, "network": 2}
+    assert float(residual.max()) < 1e-4
