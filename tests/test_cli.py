@@ -91,6 +91,8 @@ def run(tmp_path_factory):
         (["train", "--out", "r"], "add --resume"),
         (["train", "--out", "r", "--resume"], "has all 2,048 frames"),
         (["train", "--out", "r", "--resume", "--method", "fups"], "method='hypermarl', not 'fups'"),
+        (["train", "--out", "r", "--resume", "--ppo.epochs", "5"], "started with ppo={"),
+        (["train", "--out", "r", "--resume", "--ppo.epochs", "4"], "has all 2,048 frames"),
     ],
 )
 def test_bad_input_about_a_run_is_one_line_and_loses_nothing(

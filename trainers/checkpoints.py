@@ -73,7 +73,7 @@ class Saver:
         self._next = 0.0
         self._saved = -1
 
-    def save(self, run: Path, state: Callable[[], Checkpoint], *, at_once: bool) -> None:
+    def save(self, run: Path, state: Callable[[], Checkpoint], *, at_once: bool = False) -> None:
         """Write a checkpoint if it is time to.
 
         Args:

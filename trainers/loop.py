@@ -118,9 +118,8 @@ class Trainer:
             }
             writer.write(update, quantities)
             progress(self.frames_done, self.last_return)
-            stopping = stop()
-            self._saver.save(writer.path, self.state, at_once=stopping)
-            if stopping:
+            self._saver.save(writer.path, self.state)
+            if stop():
                 break
         self._saver.save(writer.path, self.state, at_once=True)
         return self.updates_done >= config.updates

@@ -103,7 +103,11 @@ def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     kept = open_run(out).config
     if not kept:
         raise UsageError(f"{out} can't be resumed: its run.json is lost or damaged.")
-    recorded, asked = (make_config(s).model_dump(mode="json") for s in (kept, {**kept, **given}))
+    both = {
+        name: {**kept.get(name, {}), **value} if isinstance(value, dict) else value
+        for name, value in given.items()
+    }
+    recorded, asked = (make_config(s).model_dump(mode="json") for s in (kept, {**kept, **both}))
     differing = [name for name in recorded if recorded[name] != asked[name] and name != "frames"]
     if differing:
         name = differing[0]
