@@ -1,10 +1,12 @@
 """One training into one run folder: new, or going on with what is there."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradlab.run_writer import RunWriter
+from gradlab.checks import UsageError
+from gradlab.run import open_run
+from gradlab.run_writer import RunWriter, is_run
 from trainers.checkpoints import newest_checkpoint
 from trainers.config import TrainConfig
 from trainers.loop import Progress, Trainer, describe
@@ -36,6 +38,8 @@ def train_run(
     Raises:
         UsageError: If the folder or a setting can't be used.
     """
+    if resume and is_run(out):
+        check_same_settings(config, out, but=("frames",))
     trainer = Trainer(config)
     with RunWriter(out, resume=resume) as writer:
         checkpoint, problems = newest_checkpoint(out)
@@ -49,6 +53,34 @@ def train_run(
         finished = trainer.run(writer, progress, stop)
         writer.describe(state="done" if finished else "stopped")
     return finished
+
+
+def check_same_settings(config: TrainConfig, out: Path, *, but: Sequence[str] = ()) -> None:
+    """Raise if a run was started with other settings: going on with it would mix the two.
+
+    Args:
+        config: The settings that are asked for.
+        out: A run folder.
+        but: Names of settings that may differ.
+
+    Raises:
+        UsageError: If a setting differs, or what the run has learned has unknown settings.
+    """
+    kept = open_run(out).config
+    if not kept:
+        if newest_checkpoint(out)[0]:
+            raise UsageError(f"{out} has lost its settings (run.json). Choose another --out.")
+        return
+    # Settings that are newer than the run had their defaults.
+    recorded = TrainConfig.model_validate(kept).model_dump(mode="json")
+    asked = config.model_dump(mode="json")
+    differing = [name for name in asked if recorded[name] != asked[name] and name not in but]
+    if differing:
+        name = differing[0]
+        raise UsageError(
+            f"{out} was trained with {name}={recorded[name]!r}, not {asked[name]!r}. "
+            "Choose another --out, or remove that folder."
+        )
 
 
 def train_settings(settings: Mapping[str, Any], out: Path) -> None:

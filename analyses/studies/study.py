@@ -14,7 +14,8 @@ import pandas as pd
 from gradlab.checks import check
 from gradlab.run import Run, open_run
 from gradlab.run_writer import is_run, write_atomically
-from trainers.train import train_settings
+from trainers.config import TrainConfig
+from trainers.train import check_same_settings, train_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +41,14 @@ class Study:
         name: Its registered name.
         question: What is asked, in one sentence.
         budgets: Settings of each run, by run name, for each budget.
+        caption: What the report's numbers are.
         report: Makes a table and verdicts from the runs by name.
     """
 
     name: str
     question: str
     budgets: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    caption: str
     report: Callable[[Mapping[str, Run]], tuple[pd.DataFrame, list[Verdict]]]
 
 
@@ -70,10 +73,13 @@ def run_study(
         The report in Markdown.
 
     Raises:
-        UsageError: If there is no such budget.
+        UsageError: If there is no such budget, or a folder holds a run with other settings.
     """
     check(budget in study.budgets, "budget", f"be one of {', '.join(study.budgets)}", budget)
     runs = study.budgets[budget]
+    for name, settings in runs.items():
+        if is_run(out / name):
+            check_same_settings(TrainConfig.model_validate(settings), out / name)
     missing = [name for name in runs if not _is_done(out / name)]
     progress(len(runs) - len(missing), len(runs))
     # Forked copies of a process that has used torch's threads can hang.
@@ -107,6 +113,8 @@ def _markdown(study: Study, budget: str, table: pd.DataFrame, verdicts: list[Ver
         "| " + " | ".join(map(str, table.columns)) + " |",
         "|" + " --- |" * len(table.columns),
         *("| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)),
+        "",
+        study.caption,
         "",
         *(
             f"- **{'supported' if v.holds else 'not supported'}**: {v.claim} ({v.evidence})"

@@ -8,7 +8,9 @@ from analyses.studies.specialisation import METHODS
 from gradlab.checks import UsageError
 from gradlab.cli import run as main
 from gradlab.run import open_run
+from trainers.config import TrainConfig
 from trainers.envs.matrix_games import chance_return
+from trainers.train import train_run, train_settings
 
 
 def small(study):
@@ -27,8 +29,9 @@ def test_study_trains_what_is_missing_and_reports(tmp_path):
     assert told[0] == (0, len(METHODS))
     assert told[-1] == (len(METHODS), len(METHODS))
     assert (tmp_path / "report.md").read_text() == text
-    row = next(line for line in text.splitlines() if line.startswith("| 2 |"))
+    row = next(line for line in text.splitlines() if line.startswith("| 2 | return |"))
     assert f"| {chance_return(2, 2):.3f} |" in row
+    assert "| 2 | mean cosine of g |" in text
     assert "not supported**: nops reaches 97%" in text
     # again: nothing is trained a second time; what was cut off is
     file = tmp_path / "nops-2ag-seed0" / "run.json"
@@ -37,6 +40,32 @@ def test_study_trains_what_is_missing_and_reports(tmp_path):
     assert run_study(study, "quick", tmp_path, progress=lambda *n: told.append(n)) == text
     assert told == [(len(METHODS) - 1, len(METHODS)), (len(METHODS), len(METHODS))]
     assert open_run(tmp_path / "nops-2ag-seed0").state == "done"
+
+
+def test_runs_with_other_settings_are_refused_before_any_training(tmp_path):
+    study = small(STUDIES["specialisation"])
+    settings = study.budgets["quick"]["nops-2ag-seed0"]
+    folder = tmp_path / "nops-2ag-seed0"
+    train_settings({**settings, "ppo": {"learning_rate": 1e-9}}, folder)
+    before = (folder / "run.json").read_bytes()
+    for state in ("done", "stopped"):
+        file = folder / "run.json"
+        file.write_text(json.dumps(json.loads(before) | {"state": state}))
+        with pytest.raises(UsageError, match="was trained with ppo="):
+            run_study(study, "quick", tmp_path)
+        assert open_run(folder).config["ppo"]["learning_rate"] == 1e-9
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_settings_of_a_run_are_kept_on_resuming(tmp_path):
+    settings = {"env": "specialisation", "frames": 512, "copies": 8, "steps": 8}
+    train_run(TrainConfig.model_validate(settings), tmp_path / "r", stop=lambda: True)
+    with pytest.raises(UsageError, match="was trained with seed=0, not 1"):
+        train_settings({**settings, "seed": 1}, tmp_path / "r")
+    assert open_run(tmp_path / "r").config["seed"] == 0
+    (tmp_path / "r" / "run.json").unlink()
+    with pytest.raises(UsageError, match="has lost its settings"):
+        train_settings(settings, tmp_path / "r")
 
 
 def test_unknown_budget_and_study_are_refused(tmp_path, capsys):
