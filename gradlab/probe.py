@@ -106,7 +106,7 @@ def embedding_of(generator: nn.Module) -> xr.DataArray | None:
         rows, what = represent()
     if rows.shape[1] > SKETCH_SIZE:
         rows = sketch(rows)
-        what += f"; folded to {SKETCH_SIZE} numbers that keep distances to about 4 %"
+        what += f"; folded to {SKETCH_SIZE} numbers that keep squared distances to about 4 %"
     agents, features = rows.shape
     return xr.DataArray(
         rows.float().cpu().numpy().copy(),
