@@ -113,8 +113,8 @@ SPECIALISATION = Study(
     budgets={"quick": _runs((2, 4), 1), "standard": _runs((2, 4, 8), 5)},
     caption="Each cell: mean over seeds (smallest to largest seed). Return: sampled, mean over the "
     "last tenth of the updates; 1 is the optimum. Chance: uniformly random play, 1 - (1 - 1/N)^N "
-    "for N agents. All the same: 1/N. Conflict rate and mean cosine: plug-in figures of the actor's "
-    "g_i in psi-space over all pairs, mean over the diagnosed updates. Seconds: of updates, on one "
-    "thread.",
+    "for N agents. All the same: 1/N. Conflict rate and mean cosine: plug-in figures of the actor's"
+    " g_i in psi-space over all pairs, mean over the diagnosed updates. Seconds: of updates, on "
+    "one thread.",
     report=_report,
 )
