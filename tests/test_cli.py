@@ -91,7 +91,7 @@ def run(tmp_path_factory):
         (["train", "--out", "r"], "add --resume"),
         (["train", "--out", "r", "--resume"], "has all 2,048 frames"),
         (["train", "--out", "r", "--resume", "--method", "fups"], "method='hypermarl', not 'fups'"),
-        (["train", "--out", "r", "--resume", "--ppo.epochs", "5"], "started with ppo={"),
+        (["train", "--out", "r", "--resume", "--ppo.epochs", "5"], "trained with ppo={"),
         (["train", "--out", "r", "--resume", "--ppo.epochs", "4"], "has all 2,048 frames"),
     ],
 )

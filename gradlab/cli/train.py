@@ -56,12 +56,15 @@ def demo(options: argparse.Namespace) -> None:
     """
     from gradlab.run import open_run
     from gradlab.run_writer import is_run
+    from trainers.train import check_same_settings
 
     folders = {options.out / method: settings for method, settings in DEMO.items()}
     page = options.out / "dashboard.html"
     with _progress() as bar:
         report = bar.add_task("report", total=1, start=False, rate="", last="")
         for folder, settings in folders.items():
+            if is_run(folder):
+                check_same_settings(make_config(settings), folder)
             if not (is_run(folder) and open_run(folder).state == "done"):
                 _train_run(settings, folder, bar, resume=is_run(folder))
         bar.start_task(report)
@@ -99,6 +102,7 @@ def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run to go on with; only its length may change."""
     from gradlab.run import open_run
     from trainers.checkpoints import newest_checkpoint
+    from trainers.train import check_same_settings
 
     kept = open_run(out).config
     if not kept:
@@ -107,21 +111,14 @@ def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         name: {**kept.get(name, {}), **value} if isinstance(value, dict) else value
         for name, value in given.items()
     }
-    recorded, asked = (make_config(s).model_dump(mode="json") for s in (kept, {**kept, **both}))
-    differing = [name for name in recorded if recorded[name] != asked[name] and name != "frames"]
-    if differing:
-        name = differing[0]
-        raise UsageError(
-            f"{out} was started with {name}={recorded[name]!r}, not {asked[name]!r}; a resumed run "
-            "can only change --frames. Leave the option out, or start a new run."
-        )
+    config = make_config({**kept, **both})
+    check_same_settings(config, out, but=("frames",))
     checkpoint, _ = newest_checkpoint(out)
-    config = make_config(asked)
     if checkpoint and checkpoint.update + 1 >= config.updates:
         raise UsageError(
             f"{out} has all {config.frames:,} frames. To train on, ask for more with --frames."
         )
-    return asked
+    return config.model_dump(mode="json")
 
 
 def _new_folder(config: Any) -> Path:  # noqa: ANN401
