@@ -1,0 +1,185 @@
+"""From a batch to moments: cut into parts that fit the memory, each part's gradients summed up."""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from gradlab.checks import check
+from gradlab.engine.moments import Moments
+from gradlab.engine.part import Part, Surrogate, batch_axes
+from gradlab.engine.per_sample import PerSample
+from gradlab.engine.plan import Engine, Plan, gradients, plan_for
+from gradlab.parameters import ParameterLayout
+
+DEFAULT_BUDGET = 16 * 2**20
+"""Bytes that what is kept for one part's gradients may take."""
+
+
+def gradient_moments(
+    surrogate: Surrogate,
+    theta: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    *,
+    mask: Bool[Tensor, "agent sample"] | None = None,
+    context: Mapping[str, Tensor] | None = None,
+    copy: Int[Tensor, " sample"] | None = None,
+    coordinates: bool = False,
+    engine: Engine = "auto",
+    budget: int = DEFAULT_BUDGET,
+) -> Moments:
+    r"""First and second moments of the per-sample gradients :math:`\nabla_{\theta_i} \ell`.
+
+    Exact for any loss. A sample is whatever the surrogate takes as one: one decision or, for a
+    recurrent policy, a whole segment of a trajectory.
+
+    Args:
+        surrogate: Loss of one sample, given one agent's parameters (without the agent axis) and
+            the sample (without agent and sample axes). Must work under `torch.func.vmap`.
+        theta: Policy parameters [agent, ...] by name, or [1, ...] where the agents share one.
+        batch: Tensors [agent, sample, ...] by name, what `surrogate` reads.
+        mask: Which samples exist; all by default.
+        context: Tensors [agent, ...] by name that each of the agent's samples holds as well, e.g.
+            a critic's fixed parameters.
+        copy: The environment copy that each sample comes from; if given, gradients are also
+            summed by copy.
+        coordinates: Whether to sum squared coordinates too.
+        engine: "auto": structured wherever a known layer reads a parameter; "general": per-sample
+            gradients of everything by `vmap` of `grad`.
+        budget: Bytes that what is kept for one part's gradients may take; a batch that needs more
+            is streamed in parts.
+
+    Returns:
+        The moments; all but the sums by copy are added up in float64.
+
+    Raises:
+        UsageError: If axes disagree, or the surrogate's gradient cannot be taken per sample; the
+            message names the cause.
+    """
+    agents, samples = batch_axes(batch)
+    check(engine in ("auto", "general"), "engine", "be 'auto' or 'general'", engine)
+    check(budget > 0, "budget", "be a positive number of bytes", budget)
+    _check_shape("mask", mask, (agents, samples))
+    _check_shape("copy", copy, (samples,))
+    for name, tensor in (context or {}).items():
+        _check_shape(f"context[{name!r}]", tensor[..., None].flatten(1)[:, :1], (agents, 1))
+    whole = Part(batch=batch, context=context or {}, mask=mask)
+    plan = plan_for(surrogate, theta, whole, engine)
+    sums = _Sums(theta, agents, plan, copy, coordinates=coordinates)
+    room = max(1, budget // max(1, plan.bytes_per_sample))
+    for part, clusters in _parts(whole, sums.index, room):
+        sums.add(gradients(surrogate, theta, part, plan), part, clusters)
+    return sums.moments()
+
+
+def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    if tensor is not None:
+        got = tuple(tensor.shape)
+        check(got == expected, name, f"have shape {expected} as the batch has", got)
+
+
+def _parts(
+    whole: Part, index: Int[Tensor, "copy sample"] | None, room: int
+) -> Iterator[tuple[Part, slice]]:
+    """Cut a batch into parts of at most `room` samples; with each goes which copies it holds."""
+    if index is None:
+        for samples in _even(whole.sizes[1], room):
+            yield whole.span(samples.start, samples.stop), slice(0, 1)
+        return
+    copies, length = index.shape
+    for some in _even(copies, max(1, room // length)):
+        for samples in _even(length, room):
+            numbers = index[some, samples].flatten()
+            yield whole.picked(numbers.clamp(min=0), numbers >= 0), some
+
+
+def _even(total: int, most: int) -> list[slice]:
+    """Cut a range into as few stretches of at most `most` as there can be, nearly equal."""
+    number = math.ceil(total / most)
+    edges = [total * i // number for i in range(number + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+def _by_copy(
+    copy: Int[Tensor, " sample"],
+) -> tuple[Int[Tensor, " copy"], Int[Tensor, "copy sample"]]:
+    """The copies' labels, and the numbers of each one's samples, filled up with -1."""
+    labels, place, counts = torch.unique(copy, return_inverse=True, return_counts=True)
+    order = torch.argsort(place, stable=True)
+    rank = torch.arange(len(copy), device=copy.device) - (counts.cumsum(0) - counts)[place[order]]
+    index = torch.full((len(labels), int(counts.max())), -1, device=copy.device)
+    index[place[order], rank] = order
+    return labels, index
+
+
+class _Sums:
+    """The sums while they are being added up, by parameter or layer."""
+
+    def __init__(
+        self,
+        theta: Mapping[str, Tensor],
+        agents: int,
+        plan: Plan,
+        copy: Int[Tensor, " sample"] | None,
+        *,
+        coordinates: bool,
+    ) -> None:
+        self.layout = ParameterLayout.of(theta, batch_dims=1)
+        self.plan = plan
+        self.copies, self.index = (None, None) if copy is None else _by_copy(copy)
+        clusters = 1 if self.copies is None else len(self.copies)
+        like = next(iter(theta.values())).detach()
+
+        def zeros(*leading: int, dtype: torch.dtype) -> dict[str, Tensor]:
+            return {
+                name: like.new_zeros(*leading, *shape, dtype=dtype)
+                for name, shape in self.layout.shapes.items()
+            }
+
+        self.sum = zeros(agents, dtype=torch.float64)
+        self.square = zeros(agents, dtype=torch.float64) if coordinates else None
+        self.copy_sum = None if copy is None else zeros(agents, clusters, dtype=like.dtype)
+        per_layer = (agents, len(self.layout.layers))
+        self.squared_norm = like.new_zeros(per_layer, dtype=torch.float64)
+        self.non_finite = like.new_zeros(per_layer, dtype=torch.int64)
+        self.count = like.new_zeros(agents, clusters, dtype=torch.int64)
+
+    def add(self, gradients: Mapping[str, PerSample], part: Part, clusters: slice) -> None:
+        """Add a part's gradients, which belong to some of the clusters."""
+        self.count[:, clusters] += part.counts(clusters.stop - clusters.start)
+        by_layer: dict[str, Tensor] = {}
+        for name, gradient in gradients.items():
+            if self.copy_sum is None:
+                self.sum[name] += gradient.sum()
+            else:
+                gradient.add_sums(self.copy_sum[name][:, clusters])
+            if self.square is not None:
+                self.square[name] += gradient.squares()
+            layer = self.layout.layer_of[name]
+            squared = gradient.squared_norms()
+            by_layer[layer] = by_layer[layer] + squared if layer in by_layer else squared
+        for layer, squared in by_layer.items():
+            column = self.layout.layers.index(layer)
+            self.squared_norm[:, column] += squared.sum(1, dtype=torch.float64)
+            self.non_finite[:, column] += (~squared.isfinite()).sum(1)
+
+    def moments(self) -> Moments:
+        """What was added up."""
+        for name, by_copy in (self.copy_sum or {}).items():
+            for some in by_copy.split(64, dim=1):  # a float64 sum of all at once is ten times slower
+                self.sum[name] += some.sum(1)
+        return Moments(
+            layout=self.layout,
+            engines=self.plan.engines,
+            count=self.count.sum(1),
+            sum=self.layout.flatten(self.sum),
+            squared_norm=self.squared_norm,
+            non_finite=self.non_finite,
+            square=None if self.square is None else self.layout.flatten(self.square),
+            copies=self.copies,
+            copy_count=None if self.copies is None else self.count,
+            copy_sum=self.copy_sum,
+        )

@@ -1,0 +1,245 @@
+r"""Per-sample gradients of one parameter, kept in the smallest form that gives their reductions.
+
+A linear layer's weight has, for one sample, the gradient :math:`\sum_t d_t a_t^\top` with the
+layer's inputs :math:`a_t` and the loss's gradients :math:`d_t` with respect to its outputs; t runs
+over the layer's uses (several calls, a time axis). Sums, squared norms and inner products of such
+gradients follow from the factors (Goodfellow, "Efficient per-example gradient computations",
+2015, for one use; the double sum over t for more).
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class PerSample(ABC):
+    """Gradients of all samples of all agents with respect to one parameter.
+
+    Attributes:
+        shape: The parameter's shape, without agent and sample axes.
+    """
+
+    shape: torch.Size
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+
+    @abstractmethod
+    def rows(self) -> Float[Tensor, "agent sample *shape"]:
+        """Form the gradients."""
+
+    @abstractmethod
+    def sum(self) -> Float[Tensor, "agent *shape"]:
+        """Sum over samples."""
+
+    @abstractmethod
+    def add_sums(self, out: Float[Tensor, "agent cluster *shape"]) -> None:
+        """Add the sums over clusters of equally many successive samples to `out`, in place."""
+
+    @abstractmethod
+    def squared_norms(self) -> Float[Tensor, "agent sample"]:
+        """Squared Euclidean norm of each sample's gradient."""
+
+    @abstractmethod
+    def squares(self) -> Float[Tensor, "agent *shape"]:
+        """Sum over samples of the squared coordinates."""
+
+    @abstractmethod
+    def gram(self) -> Float[Tensor, "row row_other"]:
+        """Inner products between all gradients; a row is agent * samples + sample."""
+
+
+class Rows(PerSample):
+    """The gradients themselves.
+
+    Attributes:
+        values: Tensor [agent, sample, *shape].
+    """
+
+    def __init__(self, values: Float[Tensor, "agent sample *shape"]) -> None:
+        self.values = values
+        self.shape = values.shape[2:]
+
+    @property
+    def nbytes(self) -> int:
+        """See `PerSample.nbytes`."""
+        return _bytes(self.values)
+
+    def rows(self) -> Float[Tensor, "agent sample *shape"]:
+        """See `PerSample.rows`."""
+        return self.values
+
+    def sum(self) -> Float[Tensor, "agent *shape"]:
+        """See `PerSample.sum`."""
+        return self.values.sum(1)
+
+    def add_sums(self, out: Float[Tensor, "agent cluster *shape"]) -> None:
+        """See `PerSample.add_sums`."""
+        out += self.values.unflatten(1, (out.shape[1], -1)).sum(2)
+
+    def squared_norms(self) -> Float[Tensor, "agent sample"]:
+        """See `PerSample.squared_norms`."""
+        return _squared_length(self.values.flatten(2))
+
+    def squares(self) -> Float[Tensor, "agent *shape"]:
+        """See `PerSample.squares`."""
+        return self.values.square().sum(1)
+
+    def gram(self) -> Float[Tensor, "row row_other"]:
+        """See `PerSample.gram`."""
+        flat = self.values.reshape(-1, math.prod(self.shape))
+        return flat @ flat.mT
+
+
+class Outer(PerSample):
+    r"""Gradients :math:`\sum_t d_t a_t^\top` of a linear layer's weight.
+
+    Attributes:
+        inputs: What the layer read, [agent, sample, use, in].
+        output_gradients: The loss's gradients at its outputs, [agent, sample, use, out].
+    """
+
+    def __init__(
+        self,
+        inputs: Float[Tensor, "agent sample use in"],
+        output_gradients: Float[Tensor, "agent sample use out"],
+    ) -> None:
+        self.inputs = inputs
+        self.output_gradients = output_gradients
+        self.shape = torch.Size((output_gradients.shape[-1], inputs.shape[-1]))
+
+    @property
+    def nbytes(self) -> int:
+        """See `PerSample.nbytes`."""
+        return _bytes(self.inputs) + _bytes(self.output_gradients)
+
+    def rows(self) -> Float[Tensor, "agent sample *shape"]:
+        """See `PerSample.rows`."""
+        return self.output_gradients.mT @ self.inputs
+
+    def sum(self) -> Float[Tensor, "agent *shape"]:
+        """See `PerSample.sum`."""
+        return self.output_gradients.flatten(1, 2).mT @ self.inputs.flatten(1, 2)
+
+    def add_sums(self, out: Float[Tensor, "agent cluster *shape"]) -> None:
+        """See `PerSample.add_sums`."""
+        a, d = (
+            factor.unflatten(1, (out.shape[1], -1)).flatten(2, 3)
+            for factor in (self.inputs, self.output_gradients)
+        )
+        for agent, sums in enumerate(out):  # straight into what may be most of the memory
+            sums.baddbmm_(d[agent].mT, a[agent])
+
+    def squared_norms(self) -> Float[Tensor, "agent sample"]:
+        """See `PerSample.squared_norms`."""
+        a, d = self.inputs, self.output_gradients
+        uses, outputs, inputs = a.shape[2], d.shape[3], a.shape[3]
+        if uses == 1:
+            return _squared_length(a[:, :, 0]) * _squared_length(d[:, :, 0])
+        if uses * (inputs + outputs) < inputs * outputs:
+            return ((a @ a.mT) * (d @ d.mT)).sum((-2, -1))
+        return _squared_length(self.rows().flatten(2))
+
+    def squares(self) -> Float[Tensor, "agent *shape"]:
+        """See `PerSample.squares`."""
+        if self.inputs.shape[2] > 1:
+            return self.rows().square().sum(1)
+        return self.output_gradients[:, :, 0].square().mT @ self.inputs[:, :, 0].square()
+
+    def gram(self) -> Float[Tensor, "row row_other"]:
+        """See `PerSample.gram`."""
+        a, d = self.inputs.flatten(0, 2), self.output_gradients.flatten(0, 2)
+        return _sum_uses((a @ a.mT) * (d @ d.mT), self.inputs.shape[2])
+
+
+class Lookup(PerSample):
+    """Gradients of a table of which a sample reads some rows: an embedding.
+
+    Attributes:
+        index: Which row is read, [agent, sample, use].
+        output_gradients: The loss's gradients at what was read, [agent, sample, use, *row].
+    """
+
+    def __init__(
+        self,
+        index: Int[Tensor, "agent sample use"],
+        output_gradients: Float[Tensor, "agent sample use *row"],
+        shape: torch.Size,
+    ) -> None:
+        self.index = index
+        self.output_gradients = output_gradients
+        self.shape = shape
+
+    @property
+    def nbytes(self) -> int:
+        """See `PerSample.nbytes`."""
+        return _bytes(self.index) + _bytes(self.output_gradients)
+
+    def rows(self) -> Float[Tensor, "agent sample *shape"]:
+        """See `PerSample.rows`."""
+        return self._scatter(self.index.flatten(0, 1), self.output_gradients.flatten(0, 1)).view(
+            *self.index.shape[:2], *self.shape
+        )
+
+    def sum(self) -> Float[Tensor, "agent *shape"]:
+        """See `PerSample.sum`."""
+        return self._scatter(self.index.flatten(1), self.output_gradients.flatten(1, 2))
+
+    def add_sums(self, out: Float[Tensor, "agent cluster *shape"]) -> None:
+        """See `PerSample.add_sums`."""
+        clusters = out.shape[1]
+        index, d = (
+            tensor.unflatten(1, (clusters, -1)).flatten(2, 3).flatten(0, 1)
+            for tensor in (self.index, self.output_gradients)
+        )
+        out += self._scatter(index, d).view_as(out)
+
+    def squared_norms(self) -> Float[Tensor, "agent sample"]:
+        """See `PerSample.squared_norms`."""
+        d = self.output_gradients.flatten(3)
+        if d.shape[2] == 1:
+            return _squared_length(d[:, :, 0])
+        same = self.index[..., :, None] == self.index[..., None, :]
+        return (same * (d @ d.mT)).sum((-2, -1))
+
+    def squares(self) -> Float[Tensor, "agent *shape"]:
+        """See `PerSample.squares`."""
+        if self.index.shape[2] > 1:
+            return self.rows().square().sum(1)
+        d = self.output_gradients.square()
+        return self._scatter(self.index.flatten(1), d.flatten(1, 2))
+
+    def gram(self) -> Float[Tensor, "row row_other"]:
+        """See `PerSample.gram`."""
+        index = self.index.flatten()
+        d = self.output_gradients.flatten(3).flatten(0, 2)
+        products = (index[:, None] == index[None, :]) * (d @ d.mT)
+        return _sum_uses(products, self.index.shape[2])
+
+    def _scatter(self, index: Tensor, values: Tensor) -> Tensor:
+        """Add values [batch, use, *row] into tables [batch, *shape]."""
+        batch, length = len(index), self.shape[0]
+        tables = values.new_zeros(batch * length, *self.shape[1:])
+        offset = torch.arange(batch, device=index.device)[:, None] * length
+        tables.index_add_(0, (index + offset).flatten(), values.flatten(0, 1))
+        return tables.view(batch, *self.shape)
+
+
+def _squared_length(vectors: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch"]:
+    return torch.linalg.vector_norm(vectors, dim=-1).square()
+
+
+def _sum_uses(products: Float[Tensor, "n n"], uses: int) -> Float[Tensor, "m m"]:
+    """Inner products between rows' uses, [row * uses, row * uses], summed to those of rows."""
+    if uses == 1:
+        return products
+    return products.unflatten(0, (-1, uses)).unflatten(2, (-1, uses)).sum((1, 3))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

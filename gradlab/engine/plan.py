@@ -1,0 +1,121 @@
+"""Which engine takes which parameter: found out once by a pass over one sample, then remembered."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from gradlab.engine.general import general_gradients
+from gradlab.engine.part import Part, Surrogate
+from gradlab.engine.per_sample import PerSample
+from gradlab.engine.structured import Unstructured, structured_gradients
+
+Engine: TypeAlias = Literal["auto", "general"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the gradients of one surrogate are taken.
+
+    Attributes:
+        engines: For each parameter "structured", "general" (its per-sample gradients are formed),
+            or "unused".
+        everything_formed: Whether `vmap` of `grad` does it all.
+        bytes_per_sample: What is kept for one sample of every agent.
+    """
+
+    engines: dict[str, str]
+    everything_formed: bool
+    bytes_per_sample: int
+
+    @property
+    def formed(self) -> frozenset[str]:
+        """Names of the parameters whose per-sample gradients are formed."""
+        return frozenset(name for name, engine in self.engines.items() if engine == "general")
+
+
+# A memo: what a surrogate does with its parameters depends on shapes only. Keeps nothing alive.
+_KNOWN: WeakKeyDictionary[Surrogate, dict[Any, Plan]] = WeakKeyDictionary()
+
+
+def plan_for(
+    surrogate: Surrogate,
+    theta: Mapping[str, Tensor],
+    part: Part,
+    engine: Engine = "auto",
+    *,
+    warn: bool = True,
+) -> Plan:
+    """Find out how to take a surrogate's per-sample gradients.
+
+    Args:
+        surrogate: The per-sample loss.
+        theta: Parameters [agent, ...] or [1, ...] by name.
+        part: Samples of which the first is tried.
+        engine: "general" to form all gradients.
+        warn: Say once if a matrix's gradients have to be formed. A vector's are no larger than a
+            layer's outputs and go unmentioned.
+
+    Returns:
+        The plan.
+    """
+    known = _KNOWN.setdefault(surrogate, {})
+    key = (engine, _shapes(theta, 0), _shapes(part.batch, 2), _shapes(part.context, 1))
+    if key not in known:
+        known[key] = _found_out(surrogate, theta, part.span(0, 1), engine, warn=warn)
+    return known[key]
+
+
+def gradients(
+    surrogate: Surrogate, theta: Mapping[str, Tensor], part: Part, plan: Plan
+) -> dict[str, PerSample]:
+    """Per-sample gradients by the engines that a plan names.
+
+    Args:
+        surrogate: The per-sample loss.
+        theta: Parameters [agent, ...] or [1, ...] by name.
+        part: The samples.
+        plan: What `plan_for` returned.
+
+    Returns:
+        The gradients of every parameter that the surrogate reads, by name.
+    """
+    if plan.everything_formed:
+        return general_gradients(surrogate, theta, part)
+    return structured_gradients(surrogate, theta, part, plan.formed)
+
+
+def _found_out(
+    surrogate: Surrogate, theta: Mapping[str, Tensor], part: Part, engine: Engine, *, warn: bool
+) -> Plan:
+    formed = frozenset(theta) if engine == "general" else frozenset[str]()
+    while True:
+        try:
+            found = structured_gradients(surrogate, theta, part, formed)
+            break
+        except Unstructured as more:
+            formed |= more.names
+    engines = {
+        name: "unused" if name not in found else "general" if name in formed else "structured"
+        for name in theta
+    }
+    matrices = [name for name in theta if name in formed and theta[name].dim() > 2]
+    if warn and engine == "auto" and matrices:
+        warnings.warn(
+            f"Per-sample gradients of {', '.join(matrices)} are formed one by one, which takes "
+            "more time and memory: no linear layer, layer norm, embedding or GRU cell reads them "
+            "directly.",
+            stacklevel=2,
+        )
+    return Plan(
+        engines=engines,
+        everything_formed=engine == "general",
+        bytes_per_sample=sum(gradient.nbytes for gradient in found.values()),
+    )
+
+
+def _shapes(tensors: Mapping[str, Tensor], skip: int) -> tuple[Any, ...]:
+    return tuple((name, t.shape[skip:], t.dtype) for name, t in tensors.items())

@@ -1,0 +1,257 @@
+"""Watching a per-sample function run under `vmap`: which parameters feed which known layers.
+
+The function runs once for all agents and samples, under two nested `torch.func.vmap`. Where a
+linear layer, a layer norm or an embedding reads a parameter, its inputs and its output are kept:
+with the loss's gradient at the output they give every sample's gradient of the parameter. A
+parameter that is read in any other way is reported, and its per-sample gradients must be formed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+Kind: TypeAlias = Literal["linear", "affine", "lookup"]
+
+_Place: TypeAlias = tuple[int | None, int | None]
+"""Where the agents' and the samples' axes stand in a tensor below both `vmap`; None if absent."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Use:
+    """One call of a known layer that reads parameters.
+
+    Attributes:
+        kind: "linear", "affine" (a layer norm's scale and shift) or "lookup".
+        weight: Name of the parameter in the weight's place; None if something else stands there.
+        bias: The same for the bias's place.
+        inputs: What the layer read, [agent, sample, *use, in]; for a lookup the rows' numbers
+            [agent, sample, *use].
+        output: What it returned, a node of the loss's graph, with its axes as they came.
+        place: Where agents and samples stand in `output`.
+    """
+
+    kind: Kind
+    weight: str | None
+    bias: str | None
+    inputs: Tensor
+    output: Tensor
+    place: _Place
+
+    def arrange(self, gradient: Tensor, agents: int, samples: int) -> Tensor:
+        """Bring a gradient at the output into order.
+
+        Args:
+            gradient: A tensor shaped as `output`.
+            agents: Number of agents.
+            samples: Number of samples of each agent.
+
+        Returns:
+            The gradient [agent, sample, *use, out].
+        """
+        return _arranged(gradient, self.place, agents, samples)
+
+
+class Recorder(TorchFunctionMode):
+    """Records the uses of parameters while a function runs under the agents' and samples' `vmap`.
+
+    Attributes:
+        uses: Uses by known layers, in order.
+        other: Names of the parameters that are read in another way.
+    """
+
+    def __init__(self, agents: int, samples: int) -> None:
+        super().__init__()
+        self.uses: list[Use] = []
+        self.other: set[str] = set()
+        self._sizes = (agents, samples)
+        self._names: dict[int, str] = {}
+        self._zero: Tensor = torch.empty(0)
+
+    def watch(self, parameters: Mapping[str, Tensor], zero: Tensor) -> None:
+        """Name the tensors to look out for, as they appear inside both `vmap`.
+
+        Args:
+            parameters: The parameters; the mapping must outlive the recording.
+            zero: The scalar 0 of every agent and sample.
+        """
+        self._names = {id(tensor): name for name, tensor in parameters.items()}
+        self._zero = zero
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401, ARG002
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Called by torch in place of each of its functions."""
+        kwargs = kwargs or {}
+        names = {self._names[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._names}
+        if not names:
+            return func(*args, **kwargs)
+        rule = _RULES.get(func)
+        if rule is not None:
+            output = rule(self, *args, **kwargs)
+            if output is not None:
+                return output
+        output = func(*args, **kwargs)
+        if any(True for _ in _tensors(output)):  # else it only asked for a shape or the like
+            self.other |= names
+        return output
+
+    def name_of(self, tensor: Tensor | None) -> str | None:
+        """Name a parameter.
+
+        Args:
+            tensor: Any tensor, as it appears inside both `vmap`.
+
+        Returns:
+            The parameter's name; None for another tensor.
+        """
+        return self._names.get(id(tensor))
+
+    def is_per_sample(self, tensor: Tensor) -> bool:
+        """Whether a tensor differs between agents and between samples, as far as `vmap` knows."""
+        below = self._below(tensor)
+        return below is not None and None not in below[1]
+
+    def record(
+        self, kind: Kind, inputs: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor | None:
+        """Keep a use.
+
+        Args:
+            kind: Kind of the layer.
+            inputs: What it read.
+            output: What it returned.
+            weight: What stood in the weight's place.
+            bias: What stood in the bias's place.
+
+        Returns:
+            The output to go on with; None if the use cannot be recorded.
+        """
+        if self.name_of(inputs) is not None:
+            return None
+        if not self.is_per_sample(output):
+            # Equal for all samples (or agents): its gradient would come summed over them.
+            output = output + self._zero
+        written, read = self._below(output), self._below(inputs)
+        if written is None or read is None or not written[0].requires_grad:
+            return None
+        self.uses.append(
+            Use(
+                kind=kind,
+                weight=self.name_of(weight),
+                bias=self.name_of(bias),
+                inputs=_arranged(read[0].detach(), read[1], *self._sizes),
+                output=written[0],
+                place=written[1],
+            )
+        )
+        return output
+
+    def _below(self, tensor: Tensor) -> tuple[Tensor, _Place] | None:
+        """The tensor below both `vmap`; None if yet another transform is at work."""
+        place: list[int | None] = []
+        inner = _functorch.maybe_get_level(self._zero)
+        outer = _functorch.maybe_get_level(_functorch.get_unwrapped(self._zero))
+        for level in (inner, outer):
+            at_level = (
+                _functorch.is_batchedtensor(tensor)
+                and _functorch.maybe_get_level(tensor) == level
+            )
+            place.insert(0, _functorch.maybe_get_bdim(tensor) if at_level else None)
+            tensor = _functorch.get_unwrapped(tensor) if at_level else tensor
+        if _functorch.is_functorch_wrapped_tensor(tensor):
+            return None
+        return tensor, (place[0], place[1])
+
+
+def _arranged(tensor: Tensor, place: _Place, agents: int, samples: int) -> Tensor:
+    agent, sample = place
+    tensor = (
+        tensor.movedim(agent, 0)
+        if agent is not None
+        else tensor[None].expand(agents, *tensor.shape)
+    )
+    if sample is not None:  # counted without the agents' axis
+        return tensor.movedim(sample + 1, 1)
+    return tensor[:, None].expand(agents, samples, *tensor.shape[1:])
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:  # noqa: ANN401
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _tensors(item)
+
+
+def _linear(
+    recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
+    output = functional.linear(input, weight)
+    if bias is not None:
+        # Where it can be done, in place: one tensor less to write and to read.
+        output = output.add_(bias) if recorder.is_per_sample(output) else output + bias
+    return recorder.record("linear", input, output, weight, bias)
+
+
+def _layer_norm(
+    recorder: Recorder,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if recorder.name_of(input) is not None or weight is None:
+        return None
+    normed = functional.layer_norm(input, normalized_shape, eps=eps)
+    output = normed * weight
+    if bias is not None:
+        output = output + bias
+    keep = len(normalized_shape)
+    # One axis for what is scaled, as every use has.
+    flat = recorder.record("affine", normed.flatten(-keep), output.flatten(-keep), weight, bias)
+    return None if flat is None else flat.unflatten(-1, normalized_shape)
+
+
+def _embedding(
+    recorder: Recorder,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    if padding_idx is not None or max_norm is not None or scale_grad_by_freq:
+        return None
+    output = functional.embedding(input, weight, norm_type=norm_type, sparse=sparse)
+    return recorder.record("lookup", input, output, weight)
+
+
+def _getitem(recorder: Recorder, table: Tensor, index: object) -> Tensor | None:
+    integers = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+    if not integers or recorder.name_of(table) is None:
+        return None
+    return recorder.record("lookup", index, table[index], table)  # type: ignore[index, arg-type]
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    functional.linear: _linear,
+    functional.layer_norm: _layer_norm,
+    functional.embedding: _embedding,
+    Tensor.__getitem__: _getitem,
+}

@@ -1,0 +1,150 @@
+"""The structured engine: one backward pass to the layers' outputs gives every sample's gradient.
+
+The surrogate runs once, vectorised over agents and samples, and is differentiated with respect to
+the outputs of the layers that read parameters; no weight's gradient is formed on the way. For a
+linear layer, its inputs and those gradients are the factors of every sample's gradient (Goodfellow,
+2015; "ghost norms" in private training). A parameter that no known layer reads gets a copy for
+every sample instead, whose gradient is the per-sample gradient.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Set
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from gradlab.engine.part import (
+    Part,
+    Surrogate,
+    Theta,
+    agent_axes,
+    checked_loss,
+    explained,
+    masked,
+    without_agent_axis,
+)
+from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows
+from gradlab.engine.recorder import Recorder, Use
+
+
+class Unstructured(Exception):
+    """Some parameters are not, or not only, read by known layers.
+
+    Attributes:
+        names: Their names.
+    """
+
+    def __init__(self, names: Set[str]) -> None:
+        super().__init__(", ".join(sorted(names)))
+        self.names = names
+
+
+def structured_gradients(
+    surrogate: Surrogate, theta: Mapping[str, Tensor], part: Part, formed: Set[str]
+) -> dict[str, PerSample]:
+    """Gradients of all samples from one pass.
+
+    Args:
+        surrogate: The per-sample loss.
+        theta: Parameters [agent, ...] or [1, ...] by name.
+        part: The samples.
+        formed: Names of the parameters whose per-sample gradients are to be formed.
+
+    Returns:
+        The gradients of every parameter that the surrogate reads, by name.
+
+    Raises:
+        Unstructured: If further parameters must be formed.
+    """
+    agents, samples = part.sizes
+    axes = agent_axes(theta, agents)
+    leaves: Theta = {}
+    sample_axes: dict[str, int | None] = {}
+    for name, tensor in without_agent_axis(theta, axes).items():
+        own = axes[name] == 0
+        leaf = tensor
+        if name in formed:
+            leaf = tensor[:, None] if own else tensor[None, None]
+            leaf = leaf.expand(agents, samples, *tensor.shape[1 if own else 0 :])
+        leaves[name] = leaf.detach().requires_grad_()
+        sample_axes[name] = 0 if name in formed else None
+    axes |= dict.fromkeys(formed, 0)
+    recorder = Recorder(agents, samples)
+
+    def watched(
+        theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor], zero: Tensor
+    ) -> Tensor:
+        recorder.watch({n: t for n, t in theta.items() if n not in formed}, zero)
+        with recorder:
+            return checked_loss(surrogate, dict(theta), {**sample, **context})
+
+    over_samples = vmap(watched, in_dims=(sample_axes, 0, None, 0))
+    over_agents = vmap(over_samples, in_dims=(axes, 0, 0, 0))
+    zero = next(iter(leaves.values())).new_zeros(agents, samples)
+    with torch.enable_grad(), explained():
+        losses = over_agents(leaves, dict(part.batch), dict(part.context), zero)
+        _refuse_others(recorder)
+        wanted = [leaves[name] for name in formed] + [use.output for use in recorder.uses]
+        total = masked(losses, part.mask).sum()
+        if not wanted or not total.requires_grad:
+            return {}
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    found: dict[str, PerSample] = {
+        name: Rows(masked(gradient, part.mask))
+        for name, gradient in zip(formed, gradients, strict=False)
+        if gradient is not None
+    }
+    by_name: dict[str, list[tuple[Use, Tensor, bool]]] = defaultdict(list)
+    for use, gradient in zip(recorder.uses, gradients[len(formed) :], strict=True):
+        if gradient is None:
+            continue
+        d = masked(use.arrange(gradient, agents, samples), part.mask)
+        for name, is_bias in ((use.weight, False), (use.bias, True)):
+            if name is not None:
+                by_name[name].append((use, d, is_bias))
+    shapes = {name: leaf.shape[0 if axes[name] is None else 1 :] for name, leaf in leaves.items()}
+    found |= {name: _joined(uses, shapes[name]) for name, uses in by_name.items()}
+    return {name: found[name] for name in theta if name in found}
+
+
+def _refuse_others(recorder: Recorder) -> None:
+    """Raise for parameters that are read in an unknown way, or in two that do not add up."""
+    roles: dict[str, set[tuple[str, bool]]] = defaultdict(set)
+    for use in recorder.uses:
+        if use.weight is not None:
+            roles[use.weight].add((use.kind, False))
+        if use.bias is not None:
+            roles[use.bias].add(("", True))
+    names = recorder.other | {name for name, found in roles.items() if len(found) > 1}
+    if names:
+        raise Unstructured(names)
+
+
+def _joined(uses: list[tuple[Use, Tensor, bool]], shape: torch.Size) -> PerSample:
+    """All uses of one parameter, all in the same role, as one."""
+    first, _, is_bias = uses[0]
+    own = len(shape) - 1 if first.kind == "lookup" else 1  # axes of what one use returns
+    d = _side_by_side([_with_one_use_axis(d, own) for _, d, _ in uses])
+    if is_bias:
+        return Rows(_sum_of_uses(d).unflatten(-1, shape))
+    if first.kind == "lookup":
+        return Lookup(_side_by_side([_with_one_use_axis(u.inputs, 0) for u, *_ in uses]), d, shape)
+    a = _side_by_side([_with_one_use_axis(use.inputs, 1) for use, *_ in uses])
+    if first.kind == "affine":
+        return Rows(_sum_of_uses(a * d).unflatten(-1, shape))
+    return Outer(a, d)
+
+
+def _with_one_use_axis(tensor: Tensor, own: int) -> Tensor:
+    """[agent, sample, *use, *own] as [agent, sample, use, *own]."""
+    uses = tensor.dim() - 2 - own
+    return tensor.flatten(2, 1 + uses) if uses else tensor.unsqueeze(2)
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _sum_of_uses(values: Tensor) -> Tensor:
+    return values[:, :, 0] if values.shape[2] == 1 else values.sum(2)
