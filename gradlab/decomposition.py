@@ -10,20 +10,20 @@ With agent i's policy parameters made by a generator, :math:`\theta_i = h_\psi(i
 :math:`J_i` none.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vjp, vmap
+from torch.func import functional_call, vmap
 
-from gradlab.checks import UsageError, check
+from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
+from gradlab.engine.moments import Moments
+from gradlab.engine.part import Part, Surrogate, Theta, batch_axes, masked
+from gradlab.engine.per_sample import PerSample
+from gradlab.engine.plan import Engine, gradients, plan_for
 from gradlab.parameters import ParameterLayout, owning_module
-
-Theta = dict[str, Tensor]
-Surrogate = Callable[[Theta, dict[str, Tensor]], Tensor]
-"""A per-sample loss: one agent's parameters and one sample in, a scalar that is minimised out."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,27 +31,88 @@ class Decomposition:
     """The parts of one gradient of a loss that is minimised.
 
     The loss is the sum over agents of the mean over the agent's samples: the number of agents
-    times the mean over all samples.
+    times the mean over all samples, where all have equally many.
 
     Attributes:
-        z: Z_i, gradient of agent i's mean loss with respect to its policy parameters.
-        g: g_i = J_i^T Z_i, agent i's contribution to the gradient of the trained parameters.
-        total: The sum of all g_i.
-        residual: Norm of `total` minus plain autograd's gradient, over the latter's norm.
+        moments: Sums over samples of the per-sample gradients in theta-space.
+        contributions: J_i^T Z_i by trained parameter, in the form that takes least memory; their
+            samples are the agents (of a single "agent").
+        residual: Norm of `total` minus plain autograd's gradient, over the latter's norm; NaN if
+            it was not asked for.
         theta_layout: Names, shapes and layers of the policy parameters.
         psi_layout: Names, shapes and layers of the trained parameters.
     """
 
-    z: Float[Tensor, "agent theta"]
-    g: Float[Tensor, "agent psi"]
-    total: Float[Tensor, " psi"]
+    moments: Moments
+    contributions: dict[str, PerSample]
     residual: float
     theta_layout: ParameterLayout
     psi_layout: ParameterLayout
 
+    @property
+    def agents(self) -> int:
+        """Number of agents."""
+        return len(self.moments.count)
+
+    @property
+    def z(self) -> Float[Tensor, "agent theta"]:
+        """Z_i, the gradient of agent i's mean loss with respect to its policy parameters."""
+        return self.moments.mean
+
+    @property
+    def g(self) -> Float[Tensor, "agent psi"]:
+        """g_i = J_i^T Z_i, agent i's contribution to the gradient of the trained parameters."""
+        like = self.moments.sum
+        return self.psi_layout.flatten({
+            name: self.contributions[name].rows()[0]
+            if name in self.contributions
+            else like.new_zeros(self.agents, *shape, dtype=self._dtype)
+            for name, shape in self.psi_layout.shapes.items()
+        })
+
+    @property
+    def total(self) -> Float[Tensor, " psi"]:
+        """The sum of all g_i, formed without them."""
+        like = self.moments.sum
+        return self.psi_layout.flatten({
+            name: self.contributions[name].sum()[0]
+            if name in self.contributions
+            else like.new_zeros(shape, dtype=self._dtype)
+            for name, shape in self.psi_layout.shapes.items()
+        })
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        found = next(iter(self.contributions.values()), None)
+        return self.moments.sum.dtype if found is None else found.sum().dtype
+
+    def gram_theta(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
+        """Inner products Z_i . Z_k by policy layer, in float64."""
+        return {
+            layer: part @ part.mT for layer, part in self.theta_layout.split_by_layer(self.z)
+        }
+
+    def gram_psi(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
+        """Inner products g_i . g_k by layer, in float64; no g_i is formed where factors do."""
+        zero = self.moments.sum.new_zeros(self.agents, self.agents)
+        grams = {layer: zero.clone() for layer in self.psi_layout.layers}
+        for name, contribution in self.contributions.items():
+            grams[self.psi_layout.layer_of[name]] += contribution.gram()
+        return grams
+
 
 def decompose(
-    generator: nn.Module, surrogate: Surrogate, batch: Mapping[str, Tensor]
+    generator: nn.Module,
+    surrogate: Surrogate,
+    batch: Mapping[str, Tensor],
+    *,
+    mask: Bool[Tensor, "agent sample"] | None = None,
+    context: Mapping[str, Tensor] | None = None,
+    copy: Int[Tensor, " sample"] | None = None,
+    coordinates: bool = False,
+    check: bool = True,
+    engine: Engine = "auto",
+    budget: int = DEFAULT_BUDGET,
 ) -> Decomposition:
     """Split the gradient of a surrogate loss by agent, and each part into J_i and Z_i.
 
@@ -65,48 +126,50 @@ def decompose(
         surrogate: Loss of one sample, given one agent's parameters (without the agent axis) and
             the sample (without agent and sample axes). Must work under `torch.func.vmap`.
         batch: Tensors [agent, sample, ...] by name, what `surrogate` reads.
+        mask: Which samples exist; all by default.
+        context: Tensors [agent, ...] by name that each of the agent's samples holds as well.
+        copy: The environment copy that each sample comes from; if given, the moments tell the
+            copies apart.
+        coordinates: Whether the moments hold sums of squared coordinates.
+        check: Whether to compute the residual, which costs an ordinary gradient of the batch.
+        engine: As for `gradient_moments`.
+        budget: As for `gradient_moments`.
 
     Returns:
-        Z_i, g_i, their sum, and the residual against plain autograd.
+        Z_i and its moments, g_i, their sum, and the residual against plain autograd.
 
     Raises:
-        UsageError: If the batch's leading axes differ, or the surrogate does not return one
-            scalar for one sample.
+        UsageError: If the batch's leading axes differ, or the surrogate's gradient cannot be taken
+            per sample.
     """
     agents, _ = batch_axes(batch)
-    psi = {n: p.detach() for n, p in generator.named_parameters() if p.requires_grad}
-    numbers = torch.arange(agents, device=next(iter(batch.values())).device)
-
-    def parameters_of(psi: dict[str, Tensor], agent: Int[Tensor, ""]) -> Theta:
-        theta: Theta = functional_call(generator, psi, (agent[None],))
-        return {name: tensor.squeeze(0) for name, tensor in theta.items()}
-
-    def agent_gradient(theta: Theta, samples: dict[str, Tensor]) -> Theta:
-        z: Theta = grad(lambda theta: mean_loss(surrogate, theta, samples))(theta)
-        return z
-
-    def contribution(agent: Int[Tensor, ""], z: Theta) -> dict[str, Tensor]:
-        (g,) = vjp(lambda psi: parameters_of(psi, agent), psi)[1](z)
-        return g  # type: ignore[no-any-return]
-
     theta = policy_parameters(generator, agents)
-    z = vmap(agent_gradient)(theta, dict(batch))
-    g = vmap(contribution)(numbers, z)
-    theta_layout = ParameterLayout.of(theta, batch_dims=1)
-    psi_layout = ParameterLayout.of(psi, layer_of=getattr(generator, "layer_of", owning_module))
-    flat_g = psi_layout.flatten(g)
-    total = flat_g.sum(0)
-    reference = psi_layout.flatten(_plain_gradient(generator, surrogate, batch, psi))
-    scale = reference.norm().item()
-    difference = (total - reference).norm().item()
-    return Decomposition(
-        z=theta_layout.flatten(z),
-        g=flat_g,
-        total=total,
-        residual=difference / scale if scale > 0 else difference,
-        theta_layout=theta_layout,
-        psi_layout=psi_layout,
+    moments = gradient_moments(
+        surrogate,
+        theta,
+        batch,
+        mask=mask,
+        context=context,
+        copy=copy,
+        coordinates=coordinates,
+        engine=engine,
+        budget=budget,
     )
+    psi = {n: p.detach() for n, p in generator.named_parameters() if p.requires_grad}
+    decomposition = Decomposition(
+        moments=moments,
+        contributions=contributions(generator, moments.layout.unflatten(moments.mean)),
+        residual=float("nan"),
+        theta_layout=moments.layout,
+        psi_layout=ParameterLayout.of(psi, layer_of=getattr(generator, "layer_of", owning_module)),
+    )
+    if not check:
+        return decomposition
+    part = Part(batch=batch, context=context or {}, mask=mask)
+    plain = decomposition.psi_layout.flatten(_plain_gradient(generator, surrogate, part, psi))
+    difference = (decomposition.total - plain).norm().item()
+    scale = plain.norm().item()
+    return replace(decomposition, residual=difference / scale if scale > 0 else difference)
 
 
 def policy_parameters(generator: nn.Module, agents: int) -> Theta:
@@ -117,76 +180,62 @@ def policy_parameters(generator: nn.Module, agents: int) -> Theta:
         agents: Number of agents.
 
     Returns:
-        Tensors [agent, ...] by name; those that agents share are repeated as views.
+        Tensors by name, [agent, ...], or [1, ...] where the agents share one.
     """
-    device = next((p.device for p in generator.parameters()), None)
     with torch.no_grad():
-        theta = generator(torch.arange(agents, device=device))
-    return {
-        name: tensor.detach().expand(agents, *tensor.shape[1:]) for name, tensor in theta.items()
-    }
+        theta = generator(_numbers(generator, agents))
+    return {name: tensor.detach() for name, tensor in theta.items()}
 
 
-def mean_loss(surrogate: Surrogate, theta: Theta, samples: dict[str, Tensor]) -> Float[Tensor, ""]:
-    """Mean of a per-sample loss over one agent's samples.
+def contributions(generator: nn.Module, z: Theta) -> dict[str, PerSample]:
+    r"""Apply every agent's :math:`J_i^\top`, as the gradient of :math:`\theta_i \cdot Z_i`.
 
-    Args:
-        surrogate: The per-sample loss.
-        theta: One agent's policy parameters, without an agent axis.
-        samples: Tensors [sample, ...] by name.
-
-    Returns:
-        The mean loss.
-
-    Raises:
-        UsageError: If the surrogate's value for one sample is not a scalar.
-    """
-    losses = vmap(surrogate, in_dims=(None, 0))(theta, samples)
-    if losses.dim() != 1:
-        raise UsageError(
-            "`surrogate` must return one scalar for one sample. Got shape "
-            f"{tuple(losses.shape[1:])}; sum or average over the extra axes."
-        )
-    return losses.mean()
-
-
-def batch_axes(batch: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Number of agents and of samples in a batch.
+    The engine sees a generator as one network whose samples are the agents: what a hypernetwork's
+    linear heads make of them is kept as outer products, so that memory grows by the size of theta
+    with each agent, not by that of psi.
 
     Args:
-        batch: Tensors [agent, sample, ...] by name.
+        generator: As for `decompose`.
+        z: Tensors [agent, ...] by name.
 
     Returns:
-        Both numbers.
-
-    Raises:
-        UsageError: If the tensors disagree, or there is nothing in them.
+        The products by trained parameter; of one "agent", whose samples are the agents.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
-    leading = {shape[:2] for shape in shapes.values()}
-    check(
-        len(leading) == 1 and all(len(shape) == 2 and 0 not in shape for shape in leading),
-        "batch",
-        "hold tensors with the same two leading axes [agent, sample], neither of size 0",
-        shapes,
-    )
-    ((agents, samples),) = leading
-    return agents, samples
+    psi = {n: p.detach()[None] for n, p in generator.named_parameters() if p.requires_grad}
+    dtype = next(iter(psi.values())).dtype
+    agents = len(next(iter(z.values())))
+    batch = {f"z/{name}": tensor.to(dtype)[None] for name, tensor in z.items()}
+    part = Part(batch=batch | {"agent": _numbers(generator, agents)[None]})
+
+    def product(psi: Theta, sample: dict[str, Tensor]) -> Tensor:
+        theta: Theta = functional_call(generator, psi, (sample["agent"][None],))
+        return torch.stack([(t.squeeze(0) * sample[f"z/{n}"]).sum() for n, t in theta.items()]).sum()
+
+    plan = plan_for(product, psi, part, warn=False)
+    return gradients(product, psi, part, plan)
+
+
+def _numbers(generator: nn.Module, agents: int) -> Int[Tensor, " agent"]:
+    return torch.arange(agents, device=next((p.device for p in generator.parameters()), None))
 
 
 def _plain_gradient(
-    generator: nn.Module,
-    surrogate: Surrogate,
-    batch: Mapping[str, Tensor],
-    psi: dict[str, Tensor],
+    generator: nn.Module, surrogate: Surrogate, part: Part, psi: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The same gradient by one ordinary backward pass, with nothing taken apart."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in psi.items()}
-    agents, _ = batch_axes(batch)
-    numbers = torch.arange(agents, device=next(iter(batch.values())).device)
-    theta = functional_call(generator, leaves, (numbers,))
-    theta = {name: tensor.expand(agents, *tensor.shape[1:]) for name, tensor in theta.items()}
+    agents, samples = part.sizes
+    weights = 1 / part.counts().clamp(min=1).to(next(iter(psi.values())).dtype)
+
+    def loss(theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor]) -> Tensor:
+        return surrogate(theta, {**sample, **context})
+
     with torch.enable_grad():
-        losses = vmap(lambda t, samples: mean_loss(surrogate, t, samples))(theta, dict(batch))
-        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
-    return dict(zip(leaves, gradients, strict=True))
+        theta = functional_call(generator, leaves, (_numbers(generator, agents),))
+        theta = {name: tensor.expand(agents, *tensor.shape[1:]) for name, tensor in theta.items()}
+        losses = vmap(vmap(loss, in_dims=(None, 0, None)))(
+            theta, dict(part.batch), dict(part.context)
+        )
+        total = (masked(losses, part.mask).sum(1) * weights[:, 0]).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))

@@ -91,6 +91,23 @@ class ParameterLayout:
             dim=-1,
         )
 
+    def unflatten(self, flat: Float[Tensor, "*batch param"]) -> dict[str, Tensor]:
+        """Name the parts of flat vectors.
+
+        Args:
+            flat: Vectors in this layout.
+
+        Returns:
+            Views [*batch, *shape] by name.
+        """
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        return {
+            name: part.unflatten(-1, shape) if len(shape) else part.squeeze(-1)
+            for (name, shape), part in zip(
+                self.shapes.items(), torch.split(flat, sizes, dim=-1), strict=True
+            )
+        }
+
     def split_by_layer(
         self, flat: Float[Tensor, "*batch param"]
     ) -> Iterator[tuple[str, Float[Tensor, "*batch layer_param"]]]:
@@ -102,7 +119,8 @@ class ParameterLayout:
         Yields:
             Each layer's name and its coordinates.
         """
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
-        parts = dict(zip(self.shapes, torch.split(flat, sizes, dim=-1), strict=True))
+        parts = {
+            name: part.reshape(*flat.shape[:-1], -1) for name, part in self.unflatten(flat).items()
+        }
         for layer in self.layers:
             yield layer, torch.cat([parts[n] for n in parts if self.layer_of[n] == layer], dim=-1)

@@ -9,13 +9,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gradlab.checks import check
+from gradlab.engine.clusters import ClusterSums, FactoredSums, FormedSums, RunningSum
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, Surrogate, batch_axes
-from gradlab.engine.per_sample import PerSample
+from gradlab.engine.per_sample import Outer, PerSample
 from gradlab.engine.plan import Engine, Plan, gradients, plan_for
 from gradlab.parameters import ParameterLayout
 
-DEFAULT_BUDGET = 16 * 2**20
+DEFAULT_BUDGET = 8 * 2**20
 """Bytes that what is kept for one part's gradients may take."""
 
 
@@ -130,32 +131,36 @@ class _Sums:
         self.layout = ParameterLayout.of(theta, batch_dims=1)
         self.plan = plan
         self.copies, self.index = (None, None) if copy is None else _by_copy(copy)
+        self.like = next(iter(theta.values())).detach()
+        self.agents = agents
         clusters = 1 if self.copies is None else len(self.copies)
-        like = next(iter(theta.values())).detach()
-
-        def zeros(*leading: int, dtype: torch.dtype) -> dict[str, Tensor]:
-            return {
-                name: like.new_zeros(*leading, *shape, dtype=dtype)
-                for name, shape in self.layout.shapes.items()
+        shapes = self.layout.shapes
+        self.sum = {name: RunningSum(self.like, agents, shape) for name, shape in shapes.items()}
+        self.by_copy: dict[str, ClusterSums] = {}
+        self.square = (
+            {
+                name: self.like.new_zeros(agents, *shape, dtype=torch.float64)
+                for name, shape in shapes.items()
             }
-
-        self.sum = zeros(agents, dtype=torch.float64)
-        self.square = zeros(agents, dtype=torch.float64) if coordinates else None
-        self.copy_sum = None if copy is None else zeros(agents, clusters, dtype=like.dtype)
+            if coordinates
+            else None
+        )
         per_layer = (agents, len(self.layout.layers))
-        self.squared_norm = like.new_zeros(per_layer, dtype=torch.float64)
-        self.non_finite = like.new_zeros(per_layer, dtype=torch.int64)
-        self.count = like.new_zeros(agents, clusters, dtype=torch.int64)
+        self.squared_norm = self.like.new_zeros(per_layer, dtype=torch.float64)
+        self.non_finite = self.like.new_zeros(per_layer, dtype=torch.int64)
+        self.count = self.like.new_zeros(agents, clusters, dtype=torch.int64)
 
     def add(self, gradients: Mapping[str, PerSample], part: Part, clusters: slice) -> None:
         """Add a part's gradients, which belong to some of the clusters."""
         self.count[:, clusters] += part.counts(clusters.stop - clusters.start)
         by_layer: dict[str, Tensor] = {}
         for name, gradient in gradients.items():
-            if self.copy_sum is None:
-                self.sum[name] += gradient.sum()
+            if self.index is None:
+                self.sum[name].add(gradient, part.sizes[1])
             else:
-                gradient.add_sums(self.copy_sum[name][:, clusters])
+                if name not in self.by_copy:
+                    self.by_copy[name] = self._cluster_sums(gradient, *self.index.shape)
+                self.by_copy[name].add(gradient, clusters)
             if self.square is not None:
                 self.square[name] += gradient.squares()
             layer = self.layout.layer_of[name]
@@ -166,20 +171,34 @@ class _Sums:
             self.squared_norm[:, column] += squared.sum(1, dtype=torch.float64)
             self.non_finite[:, column] += (~squared.isfinite()).sum(1)
 
+    def _cluster_sums(self, gradient: PerSample, clusters: int, samples: int) -> ClusterSums:
+        """The form in which a parameter's sums by copy take less memory."""
+        size = math.prod(gradient.shape)
+        if isinstance(gradient, Outer) and gradient.numbers_per_sample * samples < size:
+            return FactoredSums(self.like, self.agents, clusters, gradient.shape)
+        return FormedSums(self.like.new_zeros(clusters, self.agents, *gradient.shape))
+
     def moments(self) -> Moments:
         """What was added up."""
-        for name, by_copy in (self.copy_sum or {}).items():
-            for some in by_copy.split(64, dim=1):  # a float64 sum of all at once is ten times slower
-                self.sum[name] += some.sum(1)
+        if self.index is None:
+            sums = {name: running.flush() for name, running in self.sum.items()}
+        else:
+            nothing = self.like.new_zeros(())
+            for name, shape in self.layout.shapes.items():
+                if name not in self.by_copy:  # not read
+                    empty = nothing.expand(len(self.index), self.agents, *shape)
+                    self.by_copy[name] = FormedSums(empty)
+            self.by_copy = {name: self.by_copy[name] for name in self.layout.shapes}
+            sums = {name: by_copy.total() for name, by_copy in self.by_copy.items()}
         return Moments(
             layout=self.layout,
             engines=self.plan.engines,
             count=self.count.sum(1),
-            sum=self.layout.flatten(self.sum),
+            sum=self.layout.flatten(sums),
             squared_norm=self.squared_norm,
             non_finite=self.non_finite,
             square=None if self.square is None else self.layout.flatten(self.square),
             copies=self.copies,
             copy_count=None if self.copies is None else self.count,
-            copy_sum=self.copy_sum,
+            copy_sums=None if self.copies is None else self.by_copy,
         )

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, distributed
 
 from gradlab.checks import UsageError, check
+from gradlab.engine.clusters import ClusterSums, FormedSums
 from gradlab.parameters import ParameterLayout
 
 
@@ -25,10 +26,10 @@ class Moments:
         squared_norm: Sum of the gradients' squared norms, by layer.
         non_finite: Number of samples whose gradient in a layer is not finite.
         square: Sum of the squared coordinates, if asked for.
-        copies: Numbers of the environment copies that `copy_sum` tells apart, ascending.
+        copies: Numbers of the environment copies that `copy_sums` tells apart, ascending.
         copy_count: Number of samples from each copy.
-        copy_sum: Sum of the gradients of the samples from each copy, by parameter, in the batch's
-            precision.
+        copy_sums: Sums of the gradients of the samples from each copy, by parameter, in the
+            batch's precision.
     """
 
     layout: ParameterLayout
@@ -40,7 +41,7 @@ class Moments:
     square: Float[Tensor, "agent param"] | None = None
     copies: Int[Tensor, " copy"] | None = None
     copy_count: Int[Tensor, "agent copy"] | None = None
-    copy_sum: dict[str, Float[Tensor, "agent copy *shape"]] | None = None
+    copy_sums: dict[str, ClusterSums] | None = None
 
     @property
     def mean(self) -> Float[Tensor, "agent param"]:
@@ -67,24 +68,20 @@ class Moments:
         Raises:
             UsageError: If the gradients were not summed by copy.
         """
-        if self.copy_sum is None:
+        if self.copy_sums is None or self.copies is None:
             raise UsageError(
                 "These moments hold no sums by environment copy. Give gradient_moments the "
                 "argument `copy`, the copy that each sample comes from."
             )
-        agents, copies = len(self.count), len(self.copies)  # type: ignore[arg-type]
-        layers = self.layout.layers
-        within = self.sum.new_zeros(len(layers), copies, agents, agents)
+        agents, layers = len(self.count), self.layout.layers
+        within = self.sum.new_zeros(len(layers), len(self.copies), agents, agents)
         across = torch.zeros_like(within)
-        start = 0
-        for name, by_copy in self.copy_sum.items():
-            flat = by_copy.flatten(2) if by_copy.dim() > 2 else by_copy[..., None]
-            total = self.sum[:, start : start + flat.shape[2]].to(flat.dtype)
-            start += flat.shape[2]
+        totals = self.layout.unflatten(self.sum)
+        for name, sums in self.copy_sums.items():
             layer = layers.index(self.layout.layer_of[name])
-            per_copy = flat.transpose(0, 1)
-            within[layer] += per_copy @ per_copy.mT
-            across[layer] += (flat @ total.mT).transpose(0, 1)
+            of_copy, with_total = sums.products(totals[name])
+            within[layer] += of_copy
+            across[layer] += with_total
         return within, across
 
     def merge(self, other: "Moments") -> "Moments":
@@ -121,7 +118,7 @@ class Moments:
             engines=engines,
             copies=copies,
             copy_count=count + other_count,
-            copy_sum={name: ours + other_sums[name] for name, ours in sums.items()},
+            copy_sums={name: FormedSums(ours + other_sums[name]) for name, ours in sums.items()},
             **added,
         )
 
@@ -161,7 +158,7 @@ class Moments:
             engines=engines,
             copies=copies,
             copy_count=total(count),
-            copy_sum={name: total(tensor) for name, tensor in by_copy.items()},
+            copy_sums={name: FormedSums(total(tensor)) for name, tensor in by_copy.items()},
             **sums,
         )
 
@@ -184,14 +181,17 @@ class Moments:
         """Counts and sums by copy, with 0 for the copies that have no samples here."""
         assert self.copies is not None
         assert self.copy_count is not None
-        assert self.copy_sum is not None
+        assert self.copy_sums is not None
         place = torch.searchsorted(copies, self.copies)
 
         def spread(ours: Tensor) -> Tensor:
-            empty = ours.new_zeros(len(ours), len(copies), *ours.shape[2:])
-            return empty.index_copy_(1, place, ours)
+            empty = ours.new_zeros(len(copies), *ours.shape[1:])
+            return empty.index_copy_(0, place, ours)
 
-        return spread(self.copy_count), {n: spread(t) for n, t in self.copy_sum.items()}
+        return (
+            spread(self.copy_count.mT).mT,
+            {name: spread(sums.formed()) for name, sums in self.copy_sums.items()},
+        )
 
 
 _SUMS = ("count", "sum", "squared_norm", "non_finite", "square")

@@ -114,6 +114,11 @@ class Outer(PerSample):
         self.shape = torch.Size((output_gradients.shape[-1], inputs.shape[-1]))
 
     @property
+    def numbers_per_sample(self) -> int:
+        """How many numbers are kept of one sample of one agent."""
+        return self.inputs.shape[2] * sum(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """See `PerSample.nbytes`."""
         return _bytes(self.inputs) + _bytes(self.output_gradients)

@@ -7,12 +7,10 @@ how much of it the sharing scheme lets through to the trained parameters.
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradlab.decomposition import Decomposition
-from gradlab.parameters import WHOLE, ParameterLayout
+from gradlab.parameters import WHOLE
 
 SPACES = ("psi", "theta")
 
@@ -39,14 +37,13 @@ def interference(decomposition: Decomposition) -> xr.Dataset:
     """
     d = decomposition
     layers = (WHOLE, *dict.fromkeys((*d.theta_layout.layers, *d.psi_layout.layers)))
-    agents = d.z.shape[0]
+    agents = d.agents
     grams = np.full((len(SPACES), len(layers), agents, agents), np.nan)
-    for space, vectors, layout in (
-        ("psi", d.g, d.psi_layout),
-        ("theta", d.z, d.theta_layout),
-    ):
-        for layer, gram in gram_by_layer(vectors, layout).items():
-            grams[SPACES.index(space), layers.index(layer)] = gram
+    for space, gram in (("psi", d.gram_psi()), ("theta", d.gram_theta())):
+        of_space = grams[SPACES.index(space)]
+        for layer, products in gram.items():
+            of_space[layers.index(layer)] = products.cpu().numpy()
+        of_space[0] = np.sum([of_space[layers.index(layer)] for layer in gram], axis=0)
     dims = ("space", "layer", "agent", "agent_other")
     coordinates = {
         "space": list(SPACES),
@@ -81,25 +78,6 @@ def interference(decomposition: Decomposition) -> xr.Dataset:
         },
         coords=coordinates,
     )
-
-
-def gram_by_layer(
-    vectors: Float[Tensor, "agent param"], layout: ParameterLayout
-) -> dict[str, NDArray[np.float64]]:
-    """Gram matrices of agents' vectors, whole and restricted to each layer's coordinates.
-
-    Args:
-        vectors: One vector for each agent.
-        layout: Which coordinates belong to which layer.
-
-    Returns:
-        Matrices [agent, agent] by layer; that of the whole is the sum of the others.
-    """
-    parts = {
-        layer: (part @ part.mT).double().cpu().numpy()
-        for layer, part in layout.split_by_layer(vectors)
-    }
-    return {WHOLE: np.sum(list(parts.values()), axis=0), **parts}
 
 
 def cosine_from_gram(gram: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ from reference import per_sample_gradients
 from torch.func import functional_call
 
 from gradlab.checks import UsageError
-from gradlab.decomposition import decompose, policy_parameters
+from gradlab.decomposition import decompose
 from gradlab.metrics.interference import interference
 from gradlab.metrics.variance import variance
 from trainers.config import HypernetworkConfig, PPOConfig
@@ -119,7 +119,7 @@ def test_equal_and_opposite_agents_have_cosine_one_and_minus_one():
 def test_variance_split_sums_to_the_total():
     generator, surrogate, batch = case("fups", "discrete")
     d = decompose(generator, surrogate, batch)
-    split = variance(d, surrogate, policy_parameters(generator, AGENTS), batch)
+    split = variance(d)
     rows = oracle(generator, surrogate, batch).flatten(0, 1)  # FuPS: psi is theta
     total = (rows - rows.mean(0)).square().sum(-1).mean()
     whole = split.sel(layer="all")

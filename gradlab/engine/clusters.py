@@ -1,0 +1,249 @@
+"""Gradients summed over clusters of samples, kept formed or as the factors that form them.
+
+A cluster's summed gradient of a layer's weight is as large as the weight; the factors of its few
+samples' gradients may be much smaller. Whichever is smaller is kept, so that telling apart many
+environment copies never takes more memory than the backward pass itself.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradlab.engine.per_sample import Outer, PerSample
+
+_BLOCK = 4 * 2**20
+"""Bytes of the clusters' gradients that are formed at once: what fits a processor's cache."""
+
+_EXACT = 4096
+"""Samples whose gradients are added up in their own precision before they join a float64 sum."""
+
+
+class RunningSum:
+    """A sum that stays exact to float64 over any number of samples, at the cost of a matrix product.
+
+    Attributes:
+        total: What was added up to the last flush, [agent, *shape] in float64.
+    """
+
+    def __init__(self, like: Tensor, agents: int, shape: torch.Size) -> None:
+        self.total = like.new_zeros(agents, *shape, dtype=torch.float64)
+        self._recent = like.new_zeros(agents, *shape)
+        self._added = 0
+
+    def add(self, gradient: PerSample, samples: int) -> None:
+        """Add the gradients of some samples of every agent.
+
+        Args:
+            gradient: The gradients.
+            samples: How many samples of each agent they are.
+        """
+        if self._added + samples > _EXACT:
+            self.flush()
+        gradient.add_sums(self._recent[:, None])
+        self._added += samples
+
+    def flush(self) -> Float[Tensor, "agent *shape"]:
+        """Bring the total up to date.
+
+        Returns:
+            The total.
+        """
+        if self._added:
+            self.total += self._recent
+            self._recent.zero_()
+            self._added = 0
+        return self.total
+
+
+class ClusterSums(ABC):
+    """For every agent and cluster, the sum of the gradients of one parameter.
+
+    Attributes:
+        shape: The parameter's shape.
+    """
+
+    shape: torch.Size
+
+    @abstractmethod
+    def add(self, gradient: PerSample, clusters: slice) -> None:
+        """Add gradients.
+
+        Args:
+            gradient: Gradients of samples in the order of the clusters, equally many of each.
+            clusters: Which clusters.
+        """
+
+    @abstractmethod
+    def form(self, clusters: slice, out: Float[Tensor, "cluster agent *shape"]) -> None:
+        """Write the sums of some clusters.
+
+        Args:
+            clusters: Which clusters; a stretch that `stretches` gave.
+            out: Where to; contiguous.
+        """
+
+    @abstractmethod
+    def stretches(self, most: int) -> Iterator[slice]:
+        """Cut the clusters into stretches that can be formed at once.
+
+        Args:
+            most: How many clusters a stretch may have at most.
+
+        Yields:
+            The stretches, in order.
+        """
+
+    @abstractmethod
+    def formed(self) -> Float[Tensor, "cluster agent *shape"]:
+        """All sums."""
+
+    @abstractmethod
+    def total(self) -> Float[Tensor, "agent *shape"]:
+        """The sums over all clusters, in float64."""
+
+    def products(
+        self, total: Float[Tensor, "agent *shape"]
+    ) -> tuple[Float[Tensor, "cluster agent agent"], Float[Tensor, "cluster agent agent"]]:
+        """Inner products of agents' sums within each cluster, and with agents' totals.
+
+        Args:
+            total: What `total` returned.
+
+        Returns:
+            `sum_i^e . sum_k^e` and `sum_i^e . total_k` in float64, by cluster e.
+        """
+        agents, size = len(total), math.prod(self.shape)
+        most = max(1, _BLOCK // (size * agents * self.like.element_size()))
+        block = self.like.new_empty(most, agents, *self.shape)
+        totals = total.to(block.dtype).reshape(agents, size).mT
+        within, across = [], []
+        for clusters in self.stretches(most):
+            sums = block[: clusters.stop - clusters.start]
+            self.form(clusters, sums)
+            rows = sums.reshape(len(sums), agents, size)
+            within.append((rows @ rows.mT).double())
+            across.append((rows @ totals).double())
+        return torch.cat(within), torch.cat(across)
+
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """A tensor of the same dtype and device."""
+
+
+class FormedSums(ClusterSums):
+    """The sums themselves.
+
+    Attributes:
+        values: Tensor [cluster, agent, *shape].
+    """
+
+    def __init__(self, values: Float[Tensor, "cluster agent *shape"]) -> None:
+        self.values = values
+        self.shape = values.shape[2:]
+
+    @property
+    def like(self) -> Tensor:
+        """See `ClusterSums.like`."""
+        return self.values
+
+    def add(self, gradient: PerSample, clusters: slice) -> None:
+        """See `ClusterSums.add`."""
+        gradient.add_sums(self.values[clusters].transpose(0, 1))
+
+    def form(self, clusters: slice, out: Float[Tensor, "cluster agent *shape"]) -> None:
+        """See `ClusterSums.form`."""
+        out.copy_(self.values[clusters])
+
+    def stretches(self, most: int) -> Iterator[slice]:
+        """See `ClusterSums.stretches`."""
+        for start in range(0, len(self.values), most):
+            yield slice(start, min(start + most, len(self.values)))
+
+    def formed(self) -> Float[Tensor, "cluster agent *shape"]:
+        """See `ClusterSums.formed`."""
+        return self.values
+
+    def total(self) -> Float[Tensor, "agent *shape"]:
+        """See `ClusterSums.total`."""
+        total = self.values.new_zeros(self.values.shape[1:], dtype=torch.float64)
+        for some in self.values.split(64):  # a float64 sum of all at once is ten times slower
+            total += some.sum(0)
+        return total
+
+
+class FactoredSums(ClusterSums):
+    """The factors of a linear layer's gradients, from which each cluster's sum is formed.
+
+    Attributes:
+        pieces: For each stretch of clusters (start, stop) the gradients of its samples.
+        clusters: Number of clusters.
+    """
+
+    def __init__(self, like: Tensor, agents: int, clusters: int, shape: torch.Size) -> None:
+        self.pieces: dict[tuple[int, int], list[Outer]] = {}
+        self.clusters = clusters
+        self.shape = shape
+        self._like = like
+        self._agents = agents
+
+    @property
+    def like(self) -> Tensor:
+        """See `ClusterSums.like`."""
+        return self._like
+
+    def add(self, gradient: PerSample, clusters: slice) -> None:
+        """See `ClusterSums.add`."""
+        assert isinstance(gradient, Outer)
+        self.pieces.setdefault((clusters.start, clusters.stop), []).append(gradient)
+
+    def form(self, clusters: slice, out: Float[Tensor, "cluster agent *shape"]) -> None:
+        """See `ClusterSums.form`."""
+        matrices = out.view(-1, *self.shape)
+        started = False
+        for (start, stop), pieces in self.pieces.items():
+            if not (start <= clusters.start and clusters.stop <= stop):
+                continue
+            for piece in pieces:
+                a, d = (
+                    _of_clusters(factor, stop - start, clusters.start - start, len(out))
+                    for factor in (piece.inputs, piece.output_gradients)
+                )
+                if started:
+                    matrices.baddbmm_(d.mT, a)
+                else:
+                    torch.bmm(d.mT, a, out=matrices)
+                    started = True
+
+    def stretches(self, most: int) -> Iterator[slice]:
+        """See `ClusterSums.stretches`."""
+        for start, stop in sorted(self.pieces):
+            for first in range(start, stop, most):
+                yield slice(first, min(first + most, stop))
+
+    def formed(self) -> Float[Tensor, "cluster agent *shape"]:
+        """See `ClusterSums.formed`."""
+        values = self._like.new_zeros(self.clusters, self._agents, *self.shape)
+        for clusters in self.stretches(self.clusters):
+            self.form(clusters, values[clusters])
+        return values
+
+    def total(self) -> Float[Tensor, "agent *shape"]:
+        """See `ClusterSums.total`."""
+        running = RunningSum(self._like, self._agents, self.shape)
+        for pieces in self.pieces.values():
+            for piece in pieces:
+                running.add(piece, piece.inputs.shape[1])
+        return running.flush()
+
+
+def _of_clusters(
+    factor: Float[Tensor, "agent sample use size"], clusters: int, first: int, count: int
+) -> Float[Tensor, "matrix sample size"]:
+    """A factor of some clusters' gradients, a matrix for each cluster and agent."""
+    by_cluster = factor.unflatten(1, (clusters, -1))[:, first : first + count]
+    return by_cluster.flatten(2, 3).transpose(0, 1).flatten(0, 1)
