@@ -88,9 +88,7 @@ class Decomposition:
 
     def gram_theta(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
         """Inner products Z_i . Z_k by policy layer, in float64."""
-        return {
-            layer: part @ part.mT for layer, part in self.theta_layout.split_by_layer(self.z)
-        }
+        return {layer: part @ part.mT for layer, part in self.theta_layout.split_by_layer(self.z)}
 
     def gram_psi(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
         """Inner products g_i . g_k by layer, in float64; no g_i is formed where factors do."""
@@ -209,9 +207,11 @@ def contributions(generator: nn.Module, z: Theta) -> dict[str, PerSample]:
 
     def product(psi: Theta, sample: dict[str, Tensor]) -> Tensor:
         theta: Theta = functional_call(generator, psi, (sample["agent"][None],))
-        return torch.stack([(t.squeeze(0) * sample[f"z/{n}"]).sum() for n, t in theta.items()]).sum()
+        return torch.stack([
+            (t.squeeze(0) * sample[f"z/{n}"]).sum() for n, t in theta.items()
+        ]).sum()
 
-    plan = plan_for(product, psi, part, warn=False)
+    plan = plan_for(product, psi, part, owner=generator, warn=False)
     return gradients(product, psi, part, plan)
 
 
@@ -224,7 +224,7 @@ def _plain_gradient(
 ) -> dict[str, Tensor]:
     """The same gradient by one ordinary backward pass, with nothing taken apart."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in psi.items()}
-    agents, samples = part.sizes
+    agents, _ = part.sizes
     weights = 1 / part.counts().clamp(min=1).to(next(iter(psi.values())).dtype)
 
     def loss(theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""One record of diagnostics: everything above, for every network, as labelled arrays."""
+"""One record of diagnostics: everything above, for every network."""
 
 import copy
 from collections.abc import Mapping
@@ -6,22 +6,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import xarray as xr
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradlab.decomposition import decompose
 from gradlab.engine.part import Surrogate
-from gradlab.metrics.interference import interference
-from gradlab.metrics.variance import variance
+from gradlab.metrics.interference import measure_interference
+from gradlab.metrics.variance import measure_variance
+from gradlab.quantity import Quantity, join
 
 Level = Literal["off", "light", "full"]
 LEVELS: tuple[Level, ...] = ("off", "light", "full")
 
 SKETCH_SIZE = 1024
 CHECKED_SAMPLES = 64
-
-RECORDED = ("cosine", "magnitude_similarity", "norm", "conflict_rate", "mean_cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,84 +29,107 @@ class Network:
     Attributes:
         generator: Makes the policy parameters, as for `decompose`; left untouched.
         surrogate: Loss of one sample.
-        batch: Tensors [agent, sample, ...] by name.
     """
 
     generator: nn.Module
     surrogate: Surrogate
-    batch: Mapping[str, Tensor]
 
 
-def diagnose(networks: Mapping[str, Network], level: Level) -> dict[str, xr.DataArray]:
-    """Diagnose every network on its batch.
+class Probe:
+    """Diagnoses networks while they train.
 
     Parameters, `.grad`, buffers and random states stay as they are.
 
-    Args:
-        networks: Networks by name, e.g. "actor" and "critic".
+    Attributes:
+        networks: The networks by name, e.g. "actor" and "critic".
         level: "light": cosines, conflict rate, norms, residual; "full": the variance split as
             well; "off": nothing.
-
-    Returns:
-        Quantities by name with a leading `network` axis, NaN for a layer that a network lacks; and
-        `embedding_<network>` over (agent, feature) for generators with a `representation`.
+        engines: For each network and parameter the engine that took its gradients; empty before
+            the first diagnosis.
     """
-    if level == "off":
-        return {}
-    datasets: dict[str, xr.Dataset] = {}
-    embeddings: dict[str, xr.DataArray] = {}
-    for name, network in networks.items():
-        parts = decompose(network.generator, network.surrogate, network.batch, check=False)
-        dataset = interference(parts)[list(RECORDED)]
-        dataset["residual"] = xr.DataArray(
-            residual_in_float64(network),
-            attrs={
-                "unit": "1",
-                "estimator": "|sum_i J_i^T Z_i - autograd| / |autograd|, float64, on "
-                f"{CHECKED_SAMPLES} samples of each agent",
-            },
-        )
-        if level == "full":
-            dataset = dataset.merge(variance(parts), join="outer", compat="no_conflicts")
-        datasets[name] = dataset
-        embedding = embedding_of(network.generator)
-        if embedding is not None:
-            embeddings[f"embedding_{name}"] = embedding
-    joined = xr.concat(
-        datasets.values(),
-        dim=xr.Variable("network", list(datasets)),
-        join="outer",
-        data_vars="all",
-        coords="minimal",
-        compat="override",
-        combine_attrs="override",
-    )
-    joined = joined.reindex(layer=_in_order([list(d.layer.values) for d in datasets.values()]))
-    return {str(name): array for name, array in joined.data_vars.items()} | embeddings
+
+    def __init__(self, networks: Mapping[str, Network], level: Level) -> None:
+        self.networks = dict(networks)
+        self.level = level
+        self.engines: dict[str, dict[str, str]] = {}
+        self._checks = {name: ResidualCheck(network) for name, network in networks.items()}
+
+    def diagnose(self, batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Quantity]:
+        """Diagnose every network on its batch.
+
+        Args:
+            batches: For each network tensors [agent, sample, ...] by name.
+
+        Returns:
+            Quantities by name with a leading `network` axis, NaN for a layer that a network lacks;
+            and `embedding_<network>` over (agent, feature) for generators with a `representation`.
+        """
+        if self.level == "off":
+            return {}
+        found: dict[str, dict[str, Quantity]] = {}
+        embeddings: dict[str, Quantity] = {}
+        for name, network in self.networks.items():
+            parts = decompose(network.generator, network.surrogate, batches[name], check=False)
+            found[name] = measure_interference(parts)
+            del found[name]["inner_product"]  # the cosines and norms say it
+            if self.level == "full":
+                found[name] |= measure_variance(parts)
+            found[name]["residual"] = self._checks[name].residual(batches[name])
+            found[name]["samples"] = Quantity(
+                values=parts.moments.count.cpu().numpy(),
+                dims=("agent",),
+                coords={"agent": range(parts.agents)},
+                unit="samples",
+                estimator="diagnosed samples of each agent",
+            )
+            self.engines[name] = parts.moments.engines
+            embedding = embedding_of(network.generator)
+            if embedding is not None:
+                embeddings[f"embedding_{name}"] = embedding
+        return join(found, axis="network", union="layer") | embeddings
 
 
-def residual_in_float64(network: Network) -> float:
-    """How far the parts of a gradient are from adding up to plain autograd's.
+class ResidualCheck:
+    """Compares the parts of a network's gradient, added up, with plain autograd's.
 
-    In float64, on a copy: near convergence agents' gradients cancel, and in float32 the relative
-    difference would measure that instead of the decomposition.
-
-    Args:
-        network: The network; of its batch a few samples of each agent are used.
-
-    Returns:
-        The residual of `decompose`.
+    In float64, on a copy and on a few samples: near convergence agents' gradients cancel, and in
+    float32 the relative difference would measure that instead of the decomposition.
     """
-    batch = {
-        name: (part.double() if part.is_floating_point() else part)
-        for name, tensor in network.batch.items()
-        for part in [tensor[:, :CHECKED_SAMPLES]]
-    }
-    generator = copy.deepcopy(network.generator).double()
-    return decompose(generator, network.surrogate, batch).residual
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._copy: nn.Module | None = None
+
+    def residual(self, batch: Mapping[str, Tensor]) -> Quantity:
+        """Decompose the first samples again, and compare.
+
+        Args:
+            batch: Tensors [agent, sample, ...] by name.
+
+        Returns:
+            The residual of `decompose`, a labelled scalar.
+        """
+        generator = self._network.generator
+        if self._copy is None:
+            self._copy = copy.deepcopy(generator).double()
+        with torch.no_grad():
+            ours, theirs = (
+                [*module.parameters(), *module.buffers()] for module in (self._copy, generator)
+            )
+            for to, tensor in zip(ours, theirs, strict=True):
+                to.copy_(tensor)
+        few = {
+            name: part.double() if part.is_floating_point() else part
+            for name, tensor in batch.items()
+            for part in [tensor[:, :CHECKED_SAMPLES]]
+        }
+        value = decompose(self._copy, self._network.surrogate, few).residual
+        samples = min(CHECKED_SAMPLES, next(iter(batch.values())).shape[1])
+        formula = "|sum_i J_i^T Z_i - autograd| / |autograd|"
+        return Quantity.scalar(value, "1", f"{formula}, float64, {samples} samples per agent")
 
 
-def embedding_of(generator: nn.Module) -> xr.DataArray | None:
+def embedding_of(generator: nn.Module) -> Quantity | None:
     """What tells agents apart in a generator, one row for each agent.
 
     Args:
@@ -127,11 +148,12 @@ def embedding_of(generator: nn.Module) -> xr.DataArray | None:
         rows = sketch(rows)
         what += f"; folded to {SKETCH_SIZE} numbers that keep squared distances to about 4 %"
     agents, features = rows.shape
-    return xr.DataArray(
-        rows.float().cpu().numpy().copy(),
+    return Quantity(
+        values=rows.float().cpu().numpy().copy(),
         dims=("agent", "feature"),
         coords={"agent": range(agents), "feature": range(features)},
-        attrs={"unit": "1", "estimator": what},
+        unit="1",
+        estimator=what,
     )
 
 
@@ -153,8 +175,3 @@ def sketch(rows: Float[Tensor, "agent feature"]) -> Float[Tensor, "agent bucket"
     bucket = torch.randint(SKETCH_SIZE, (features,), generator=random).to(rows.device)
     sign = (2 * torch.randint(2, (features,), generator=random) - 1).to(rows)
     return rows.new_zeros(len(rows), SKETCH_SIZE).index_add_(1, bucket, rows * sign)
-
-
-def _in_order(lists: list[list[str]]) -> list[str]:
-    """All labels of several lists, each once, in order of first appearance."""
-    return list(dict.fromkeys(label for labels in lists for label in labels))

@@ -13,6 +13,7 @@ import xarray as xr
 from filelock import FileLock, Timeout
 
 from gradlab.checks import UsageError
+from gradlab.quantity import Quantity
 
 SCHEMA = 1
 RUN_FILE = "run.json"
@@ -149,23 +150,24 @@ class RunWriter:
         text = json.dumps(self._info, indent=2, sort_keys=True) + "\n"
         write_atomically(self.path / RUN_FILE, text.encode())
 
-    def write(self, update: int, values: Mapping[str, xr.DataArray]) -> None:
+    def write(self, update: int, values: Mapping[str, Quantity | xr.DataArray]) -> None:
         """Record the quantities of one update in one transaction.
 
         Args:
             update: Number of the update, from 0; each quantity may be recorded once per update.
-            values: Labelled arrays by quantity; attributes `unit` and `estimator` are kept. A
-                quantity's axes, labels and type are those of its first record.
+            values: Quantities by name, or labelled arrays whose attributes `unit` and `estimator`
+                are kept. A quantity's axes, labels and type are those of its first record.
 
         Raises:
             ValueError: If a quantity's axes or labels differ from those of its first record.
         """
         self._database.execute("BEGIN")
         try:
-            for name, array in values.items():
-                self._define(name, array)
+            for name, value in values.items():
+                quantity = Quantity.of(value) if isinstance(value, xr.DataArray) else value
+                self._define(name, quantity)
                 dtype = self._shapes[name][1]
-                data = np.ascontiguousarray(array.to_numpy(), dtype=dtype).tobytes()
+                data = np.ascontiguousarray(quantity.values, dtype=dtype).tobytes()
                 self._database.execute("INSERT INTO record VALUES (?, ?, ?)", (name, update, data))
         except BaseException:
             self._database.execute("ROLLBACK")
@@ -180,10 +182,9 @@ class RunWriter:
         """
         self._database.execute('DELETE FROM record WHERE "update" > ?', (update,))
 
-    def _define(self, name: str, array: xr.DataArray) -> None:
-        dims = tuple(str(dim) for dim in array.dims)
-        # an axis without labels gets its positions
-        coordinates = {str(dim): np.asarray(array[dim]).tolist() for dim in array.dims}
+    def _define(self, name: str, quantity: Quantity) -> None:
+        dims = quantity.dims
+        coordinates = {dim: list(quantity.coords[dim]) for dim in dims}
         if name in self._shapes:
             known_dims, _, known_coordinates = self._shapes[name]
             if (dims, coordinates) != (known_dims, known_coordinates):
@@ -192,14 +193,14 @@ class RunWriter:
                     f"{coordinates}, first recorded with {known_coordinates}."
                 )
             return
-        dtype = array.dtype.newbyteorder("<")
+        dtype = quantity.values.dtype.newbyteorder("<")
         row = (
             name,
             json.dumps(dims),
             json.dumps(coordinates),
             dtype.str,
-            array.attrs.get("unit", ""),
-            array.attrs.get("estimator", ""),
+            quantity.unit,
+            quantity.estimator,
         )
         self._database.execute("INSERT INTO quantity VALUES (?, ?, ?, ?, ?, ?)", row)
         self._shapes[name] = (dims, dtype, coordinates)

@@ -7,10 +7,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import xarray as xr
 from torch import Tensor
 
-from gradlab.probe import Network, diagnose
+from gradlab.probe import Network, Probe
+from gradlab.quantity import Quantity
 from gradlab.run_writer import RunWriter
 from trainers.checkpoints import Checkpoint, Saver
 from trainers.config import TrainConfig
@@ -74,6 +74,13 @@ class Trainer:
         self._saver = Saver()
         self.policy_loss = policy_loss(self.policy, config.ppo)
         self.value_loss = value_loss(self.value, config.ppo)
+        self.probe = Probe(
+            {
+                "actor": Network(generator=self.actor, surrogate=self.policy_loss),
+                "critic": Network(generator=self.critic, surrogate=self.value_loss),
+            },
+            config.diagnostics,
+        )
 
     @property
     def frames_done(self) -> int:
@@ -97,7 +104,7 @@ class Trainer:
         for update in range(self.updates_done, config.updates):
             began = time.perf_counter()
             rollout = self._collect()
-            quantities: dict[str, xr.DataArray] = {}
+            quantities: dict[str, Quantity] = {}
             if config.diagnostics != "off" and update % config.every == 0:
                 quantities = self._diagnose(rollout)
             losses = self._update(rollout.samples)
@@ -113,8 +120,7 @@ class Trainer:
                 **{name: (value, "loss") for name, value in losses.items()},
             }
             quantities |= {
-                name: xr.DataArray(float(value), attrs={"unit": unit})
-                for name, (value, unit) in scalars.items()
+                name: Quantity.scalar(float(value), unit) for name, (value, unit) in scalars.items()
             }
             writer.write(update, quantities)
             progress(self.frames_done, self.last_return)
@@ -194,21 +200,12 @@ class Trainer:
             self.random,
         )
 
-    def _diagnose(self, rollout: Rollout) -> dict[str, xr.DataArray]:
+    def _diagnose(self, rollout: Rollout) -> dict[str, Quantity]:
         samples = rollout.samples | {"advantage": normalise(rollout.samples["advantage"])}
-        networks = {
-            "actor": Network(
-                generator=self.actor,
-                surrogate=self.policy_loss,
-                batch={name: samples[name] for name in _ACTOR},
-            ),
-            "critic": Network(
-                generator=self.critic,
-                surrogate=self.value_loss,
-                batch={name: samples[name] for name in _CRITIC},
-            ),
-        }
-        return diagnose(networks, self.config.diagnostics)
+        return self.probe.diagnose({
+            "actor": {name: samples[name] for name in _ACTOR},
+            "critic": {name: samples[name] for name in _CRITIC},
+        })
 
     def _update(self, samples: dict[str, Tensor]) -> dict[str, float]:
         ppo = self.config.ppo

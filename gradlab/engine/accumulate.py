@@ -130,7 +130,10 @@ class _Sums:
     ) -> None:
         self.layout = ParameterLayout.of(theta, batch_dims=1)
         self.plan = plan
-        self.copies, self.index = (None, None) if copy is None else _by_copy(copy)
+        self.copies: Tensor | None = None
+        self.index: Tensor | None = None
+        if copy is not None:
+            self.copies, self.index = _by_copy(copy)
         self.like = next(iter(theta.values())).detach()
         self.agents = agents
         clusters = 1 if self.copies is None else len(self.copies)

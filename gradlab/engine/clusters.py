@@ -23,7 +23,7 @@ _EXACT = 4096
 
 
 class RunningSum:
-    """A sum that stays exact to float64 over any number of samples, at the cost of a matrix product.
+    """A sum as exact as float64 over any number of samples, at a matrix product's cost.
 
     Attributes:
         total: What was added up to the last flush, [agent, *shape] in float64.
@@ -46,7 +46,7 @@ class RunningSum:
         gradient.add_sums(self._recent[:, None])
         self._added += samples
 
-    def flush(self) -> Float[Tensor, "agent *shape"]:
+    def flush(self) -> Float[Tensor, " agent *shape"]:
         """Bring the total up to date.
 
         Returns:
@@ -102,11 +102,11 @@ class ClusterSums(ABC):
         """All sums."""
 
     @abstractmethod
-    def total(self) -> Float[Tensor, "agent *shape"]:
+    def total(self) -> Float[Tensor, " agent *shape"]:
         """The sums over all clusters, in float64."""
 
     def products(
-        self, total: Float[Tensor, "agent *shape"]
+        self, total: Float[Tensor, " agent *shape"]
     ) -> tuple[Float[Tensor, "cluster agent agent"], Float[Tensor, "cluster agent agent"]]:
         """Inner products of agents' sums within each cluster, and with agents' totals.
 
@@ -168,7 +168,7 @@ class FormedSums(ClusterSums):
         """See `ClusterSums.formed`."""
         return self.values
 
-    def total(self) -> Float[Tensor, "agent *shape"]:
+    def total(self) -> Float[Tensor, " agent *shape"]:
         """See `ClusterSums.total`."""
         total = self.values.new_zeros(self.values.shape[1:], dtype=torch.float64)
         for some in self.values.split(64):  # a float64 sum of all at once is ten times slower
@@ -232,7 +232,7 @@ class FactoredSums(ClusterSums):
             self.form(clusters, values[clusters])
         return values
 
-    def total(self) -> Float[Tensor, "agent *shape"]:
+    def total(self) -> Float[Tensor, " agent *shape"]:
         """See `ClusterSums.total`."""
         running = RunningSum(self._like, self._agents, self.shape)
         for pieces in self.pieces.values():
@@ -245,5 +245,5 @@ def _of_clusters(
     factor: Float[Tensor, "agent sample use size"], clusters: int, first: int, count: int
 ) -> Float[Tensor, "matrix sample size"]:
     """A factor of some clusters' gradients, a matrix for each cluster and agent."""
-    by_cluster = factor.unflatten(1, (clusters, -1))[:, first : first + count]
+    by_cluster: Tensor = factor.unflatten(1, (clusters, -1))[:, first : first + count]
     return by_cluster.flatten(2, 3).transpose(0, 1).flatten(0, 1)

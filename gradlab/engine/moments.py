@@ -1,6 +1,7 @@
 """Sums of per-sample gradients: what every statistic of them is made of, mergeable in any order."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -103,7 +104,7 @@ class Moments:
             f"hold moments of the same parameters, of {len(self.count)} agents",
             f"{other.layout.shapes} of {len(other.count)} agents",
         )
-        added = self._added(other)
+        added: dict[str, Any] = self._added(other)
         engines = {
             name: other.engines[name] if engine == "unused" else engine
             for name, engine in self.engines.items()
@@ -147,7 +148,9 @@ class Moments:
         engines = self.engines
         for theirs, _ in everywhere:
             engines = {n: theirs[n] if e == "unused" else e for n, e in engines.items()}
-        sums = {name: total(getattr(self, name)) for name in _SUMS if getattr(self, name) is not None}
+        sums: dict[str, Any] = {
+            name: total(getattr(self, name)) for name in _SUMS if getattr(self, name) is not None
+        }
         if self.copies is None:
             return replace(self, engines=engines, **sums)
         labels = {label for _, labels in everywhere for label in labels or ()}

@@ -85,7 +85,7 @@ class Part:
         if self.mask is None:
             device = next(iter(self.batch.values())).device
             return torch.full((agents, clusters), samples // clusters, device=device)
-        return self.mask.unflatten(1, (clusters, -1)).sum(2)
+        return self.mask.reshape(agents, clusters, -1).sum(2)
 
 
 def checked_loss(surrogate: Surrogate, theta: Theta, sample: dict[str, Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ class PerSample(ABC):
         """Form the gradients."""
 
     @abstractmethod
-    def sum(self) -> Float[Tensor, "agent *shape"]:
+    def sum(self) -> Float[Tensor, " agent *shape"]:
         """Sum over samples."""
 
     @abstractmethod
@@ -46,7 +46,7 @@ class PerSample(ABC):
         """Squared Euclidean norm of each sample's gradient."""
 
     @abstractmethod
-    def squares(self) -> Float[Tensor, "agent *shape"]:
+    def squares(self) -> Float[Tensor, " agent *shape"]:
         """Sum over samples of the squared coordinates."""
 
     @abstractmethod
@@ -74,7 +74,7 @@ class Rows(PerSample):
         """See `PerSample.rows`."""
         return self.values
 
-    def sum(self) -> Float[Tensor, "agent *shape"]:
+    def sum(self) -> Float[Tensor, " agent *shape"]:
         """See `PerSample.sum`."""
         return self.values.sum(1)
 
@@ -86,7 +86,7 @@ class Rows(PerSample):
         """See `PerSample.squared_norms`."""
         return _squared_length(self.values.flatten(2))
 
-    def squares(self) -> Float[Tensor, "agent *shape"]:
+    def squares(self) -> Float[Tensor, " agent *shape"]:
         """See `PerSample.squares`."""
         return self.values.square().sum(1)
 
@@ -127,7 +127,7 @@ class Outer(PerSample):
         """See `PerSample.rows`."""
         return self.output_gradients.mT @ self.inputs
 
-    def sum(self) -> Float[Tensor, "agent *shape"]:
+    def sum(self) -> Float[Tensor, " agent *shape"]:
         """See `PerSample.sum`."""
         return self.output_gradients.flatten(1, 2).mT @ self.inputs.flatten(1, 2)
 
@@ -150,7 +150,7 @@ class Outer(PerSample):
             return ((a @ a.mT) * (d @ d.mT)).sum((-2, -1))
         return _squared_length(self.rows().flatten(2))
 
-    def squares(self) -> Float[Tensor, "agent *shape"]:
+    def squares(self) -> Float[Tensor, " agent *shape"]:
         """See `PerSample.squares`."""
         if self.inputs.shape[2] > 1:
             return self.rows().square().sum(1)
@@ -191,7 +191,7 @@ class Lookup(PerSample):
             *self.index.shape[:2], *self.shape
         )
 
-    def sum(self) -> Float[Tensor, "agent *shape"]:
+    def sum(self) -> Float[Tensor, " agent *shape"]:
         """See `PerSample.sum`."""
         return self._scatter(self.index.flatten(1), self.output_gradients.flatten(1, 2))
 
@@ -212,7 +212,7 @@ class Lookup(PerSample):
         same = self.index[..., :, None] == self.index[..., None, :]
         return (same * (d @ d.mT)).sum((-2, -1))
 
-    def squares(self) -> Float[Tensor, "agent *shape"]:
+    def squares(self) -> Float[Tensor, " agent *shape"]:
         """See `PerSample.squares`."""
         if self.index.shape[2] > 1:
             return self.rows().square().sum(1)
@@ -236,14 +236,16 @@ class Lookup(PerSample):
 
 
 def _squared_length(vectors: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch"]:
-    return torch.linalg.vector_norm(vectors, dim=-1).square()
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return lengths.square()
 
 
 def _sum_uses(products: Float[Tensor, "n n"], uses: int) -> Float[Tensor, "m m"]:
     """Inner products between rows' uses, [row * uses, row * uses], summed to those of rows."""
     if uses == 1:
         return products
-    return products.unflatten(0, (-1, uses)).unflatten(2, (-1, uses)).sum((1, 3))
+    rows = len(products) // uses
+    return products.view(rows, uses, rows, uses).sum((1, 3))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -38,7 +38,7 @@ class Plan:
 
 
 # A memo: what a surrogate does with its parameters depends on shapes only. Keeps nothing alive.
-_KNOWN: WeakKeyDictionary[Surrogate, dict[Any, Plan]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[object, dict[Any, Plan]] = WeakKeyDictionary()
 
 
 def plan_for(
@@ -47,6 +47,7 @@ def plan_for(
     part: Part,
     engine: Engine = "auto",
     *,
+    owner: object = None,
     warn: bool = True,
 ) -> Plan:
     """Find out how to take a surrogate's per-sample gradients.
@@ -56,13 +57,15 @@ def plan_for(
         theta: Parameters [agent, ...] or [1, ...] by name.
         part: Samples of which the first is tried.
         engine: "general" to form all gradients.
+        owner: With whom the plan is remembered, where the surrogate is made anew for each call;
+            by default the surrogate itself.
         warn: Say once if a matrix's gradients have to be formed. A vector's are no larger than a
             layer's outputs and go unmentioned.
 
     Returns:
         The plan.
     """
-    known = _KNOWN.setdefault(surrogate, {})
+    known = _KNOWN.setdefault(surrogate if owner is None else owner, {})
     key = (engine, _shapes(theta, 0), _shapes(part.batch, 2), _shapes(part.context, 1))
     if key not in known:
         known[key] = _found_out(surrogate, theta, part.span(0, 1), engine, warn=warn)

@@ -86,7 +86,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Any,  # noqa: ANN401, ARG002
+        types: Any,  # noqa: ANN401
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
@@ -163,8 +163,7 @@ class Recorder(TorchFunctionMode):
         outer = _functorch.maybe_get_level(_functorch.get_unwrapped(self._zero))
         for level in (inner, outer):
             at_level = (
-                _functorch.is_batchedtensor(tensor)
-                and _functorch.maybe_get_level(tensor) == level
+                _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) == level
             )
             place.insert(0, _functorch.maybe_get_bdim(tensor) if at_level else None)
             tensor = _functorch.get_unwrapped(tensor) if at_level else tensor

@@ -100,9 +100,9 @@ def structured_gradients(
         if gradient is None:
             continue
         d = masked(use.arrange(gradient, agents, samples), part.mask)
-        for name, is_bias in ((use.weight, False), (use.bias, True)):
-            if name is not None:
-                by_name[name].append((use, d, is_bias))
+        for read, is_bias in ((use.weight, False), (use.bias, True)):
+            if read is not None:
+                by_name[read].append((use, d, is_bias))
     shapes = {name: leaf.shape[0 if axes[name] is None else 1 :] for name, leaf in leaves.items()}
     found |= {name: _joined(uses, shapes[name]) for name, uses in by_name.items()}
     return {name: found[name] for name in theta if name in found}

@@ -5,12 +5,15 @@ same change of a policy, and **psi**, where :math:`g_i \cdot g_k = Z_i^\top J_i 
 how much of it the sharing scheme lets through to the trained parameters.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from gradlab.decomposition import Decomposition
 from gradlab.parameters import WHOLE
+from gradlab.quantity import Quantity, dataset
 
 SPACES = ("psi", "theta")
 
@@ -35,49 +38,53 @@ def interference(decomposition: Decomposition) -> xr.Dataset:
         over (space, layer, agent): `norm`; and over (space, layer): `conflict_rate`, the share of
         agent pairs with a negative cosine (ibid., Def. 1), and `mean_cosine` over the pairs.
     """
+    return dataset(measure_interference(decomposition))
+
+
+def measure_interference(decomposition: Decomposition) -> dict[str, Quantity]:
+    """What `interference` labels.
+
+    Args:
+        decomposition: What `decompose` returned.
+
+    Returns:
+        The quantities by name.
+    """
     d = decomposition
-    layers = (WHOLE, *dict.fromkeys((*d.theta_layout.layers, *d.psi_layout.layers)))
-    agents = d.agents
-    grams = np.full((len(SPACES), len(layers), agents, agents), np.nan)
+    layers = [WHOLE, *dict.fromkeys((*d.theta_layout.layers, *d.psi_layout.layers))]
+    grams = np.full((len(SPACES), len(layers), d.agents, d.agents), np.nan)
     for space, gram in (("psi", d.gram_psi()), ("theta", d.gram_theta())):
         of_space = grams[SPACES.index(space)]
         for layer, products in gram.items():
             of_space[layers.index(layer)] = products.cpu().numpy()
         of_space[0] = np.sum([of_space[layers.index(layer)] for layer in gram], axis=0)
-    dims = ("space", "layer", "agent", "agent_other")
-    coordinates = {
-        "space": list(SPACES),
-        "layer": list(layers),
-        "agent": range(agents),
-        "agent_other": range(agents),
-    }
     norms = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))
     cosines = cosine_from_gram(grams)
     rates, means = summarise_pairs(cosines)
-    plug_in = "plug-in, one batch"
-    return xr.Dataset(
-        {
-            "inner_product": (dims, grams, {"unit": "loss^2", "estimator": plug_in}),
-            "cosine": (dims, cosines, {"unit": "1", "estimator": plug_in}),
-            "magnitude_similarity": (
-                dims,
-                magnitude_similarity(norms),
-                {"unit": "1", "estimator": plug_in},
-            ),
-            "norm": (dims[:3], norms, {"unit": "loss", "estimator": plug_in}),
-            "conflict_rate": (
-                dims[:2],
-                rates,
-                {"unit": "1", "estimator": "share of agent pairs with a negative plug-in cosine"},
-            ),
-            "mean_cosine": (
-                dims[:2],
-                means,
-                {"unit": "1", "estimator": "mean over agent pairs of the plug-in cosine"},
-            ),
-        },
-        coords=coordinates,
-    )
+    labels: dict[str, Sequence[str | int]] = {
+        "space": SPACES,
+        "layer": layers,
+        "agent": range(d.agents),
+        "agent_other": range(d.agents),
+    }
+
+    def quantity(
+        values: NDArray[np.float64], unit: str = "1", estimator: str = "plug-in, one batch"
+    ) -> Quantity:
+        dims = tuple(labels)[: values.ndim]
+        coords = {dim: labels[dim] for dim in dims}
+        return Quantity(values=values, dims=dims, coords=coords, unit=unit, estimator=estimator)
+
+    return {
+        "inner_product": quantity(grams, "loss^2"),
+        "cosine": quantity(cosines),
+        "magnitude_similarity": quantity(magnitude_similarity(norms)),
+        "norm": quantity(norms, "loss"),
+        "conflict_rate": quantity(
+            rates, estimator="share of agent pairs with a negative plug-in cosine"
+        ),
+        "mean_cosine": quantity(means, estimator="mean over agent pairs of the plug-in cosine"),
+    }
 
 
 def cosine_from_gram(gram: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,11 +1,12 @@
 r"""Where the spread of per-sample gradients comes from: within agents, or between them."""
 
-import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 
 from gradlab.decomposition import Decomposition
 from gradlab.parameters import WHOLE
+from gradlab.quantity import Quantity, dataset
 
 
 def variance(decomposition: Decomposition) -> xr.Dataset:
@@ -27,22 +28,38 @@ def variance(decomposition: Decomposition) -> xr.Dataset:
         `variance_agent` over (layer, agent): the spread of one agent's samples;
         `variance_within` (its mean over agents) and `variance_between` over (layer).
     """
+    return dataset(measure_variance(decomposition))
+
+
+def measure_variance(decomposition: Decomposition) -> dict[str, Quantity]:
+    """What `variance` labels.
+
+    Args:
+        decomposition: What `decompose` returned.
+
+    Returns:
+        The quantities by name.
+    """
     d = decomposition
-    means = dict(d.theta_layout.split_by_layer(d.z))
-    squared_mean = torch.stack([m.square().sum(-1) for m in means.values()], 1)
-    between = torch.stack([
-        (m - m.mean(0)).square().sum(-1).mean() for m in means.values()
-    ])
+    means = list(dict(d.theta_layout.split_by_layer(d.z)).values())
+    squared_mean = torch.stack([mean.square().sum(1) for mean in means], 1)
+    between = torch.stack([(mean - mean.mean(0)).square().sum(1).mean() for mean in means])
     # Rounding can leave a vanishing variance a hair below 0.
-    within = (d.moments.mean_squared_norm - squared_mean).clamp(min=0).cpu().numpy()
-    within = np.concatenate([within.sum(1, keepdims=True), within], axis=1)
-    between_all = np.concatenate([[between.sum().item()], between.cpu().numpy()])
-    attrs = {"unit": "loss^2", "estimator": "trace of the covariance of single samples, theta"}
-    return xr.Dataset(
-        {
-            "variance_agent": (("layer", "agent"), within.T, attrs),
-            "variance_within": (("layer",), within.mean(0), attrs),
-            "variance_between": (("layer",), between_all, attrs),
-        },
-        coords={"layer": [WHOLE, *d.theta_layout.layers], "agent": range(d.agents)},
-    )
+    within = (d.moments.mean_squared_norm - squared_mean).clamp(min=0)
+
+    def quantity(by_layer: Tensor, *dims: str) -> Quantity:
+        values = torch.cat([by_layer.sum(0, keepdim=True), by_layer]).cpu().numpy()
+        labels = {"layer": [WHOLE, *d.theta_layout.layers], "agent": range(d.agents)}
+        return Quantity(
+            values=values,
+            dims=dims,
+            coords={dim: labels[dim] for dim in dims},
+            unit="loss^2",
+            estimator="trace of the covariance of single samples, theta",
+        )
+
+    return {
+        "variance_agent": quantity(within.mT, "layer", "agent"),
+        "variance_within": quantity(within.mean(0), "layer"),
+        "variance_between": quantity(between, "layer"),
+    }
