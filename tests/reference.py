@@ -18,3 +18,70 @@ def per_sample_gradients(forward, loss, psi, batch, agents, samples):
             ]
             rows.append(torch.cat(flat))
     return torch.stack(rows).view(agents, samples, -1)
+
+
+def theta_gradients(loss, theta, batch, context=None, mask=None):
+    """Gradient of every sample's loss [agent, sample, *shape] by policy parameter.
+
+    Parameters are [agent, ...] or [1, ...]; samples that do not exist have gradient 0.
+    """
+    agents, samples = next(iter(batch.values())).shape[:2]
+    found = {name: [] for name in theta}
+    for agent in range(agents):
+        for sample in range(samples):
+            own = {
+                name: t[agent if len(t) > 1 else 0].clone().requires_grad_()
+                for name, t in theta.items()
+            }
+            if mask is not None and not mask[agent, sample]:
+                gradients = [None] * len(own)
+            else:
+                held = {k: v[agent, sample] for k, v in batch.items()}
+                held |= {k: v[agent] for k, v in (context or {}).items()}
+                gradients = torch.autograd.grad(
+                    loss(own, held), list(own.values()), allow_unused=True
+                )
+            for (name, leaf), gradient in zip(own.items(), gradients, strict=True):
+                found[name].append(torch.zeros_like(leaf) if gradient is None else gradient)
+    return {
+        name: torch.stack(rows).unflatten(0, (agents, samples)) for name, rows in found.items()
+    }
+
+
+def moments(gradients, layers, mask=None, copy=None):
+    """Sums of per-sample gradients, by loops: what the engine must give.
+
+    `layers` names each parameter's layer. Returns a dict with `sum` and `square` [agent, theta],
+    `squared_norm` [agent, layer], and with `copy` also `within` and `across`, each [layer, copy,
+    agent, agent].
+    """
+    agents, samples = next(iter(gradients.values())).shape[:2]
+    names = list(dict.fromkeys(layers.values()))
+    flat = torch.cat([g.flatten(2) for g in gradients.values()], 2)
+    exists = torch.ones(agents, samples, dtype=torch.bool) if mask is None else mask
+    result = {
+        "count": exists.sum(1),
+        "sum": flat.sum(1),
+        "square": flat.square().sum(1),
+        "squared_norm": torch.stack(
+            [
+                sum(g.flatten(2).square().sum((1, 2)) for n, g in gradients.items() if layers[n] == l)
+                for l in names
+            ],
+            1,
+        ),
+    }
+    if copy is None:
+        return result
+    labels = sorted(set(copy.tolist()))
+    within = flat.new_zeros(len(names), len(labels), agents, agents)
+    across = torch.zeros_like(within)
+    for row, layer in enumerate(names):
+        part = torch.cat([g.flatten(2) for n, g in gradients.items() if layers[n] == layer], 2)
+        for column, label in enumerate(labels):
+            for i in range(agents):
+                ours = part[i, copy == label].sum(0)
+                for k in range(agents):
+                    within[row, column, i, k] = ours @ part[k, copy == label].sum(0)
+                    across[row, column, i, k] = ours @ part[k].sum(0)
+    return result | {"within": within, "across": across}

@@ -1,4 +1,4 @@
-"""PPO's losses, per sample: the same functions are trained on and taken apart."""
+"""On-policy losses, per sample: the same functions are trained on and taken apart."""
 
 from collections.abc import Callable
 
@@ -32,6 +32,25 @@ def policy_loss(policy: Policy, config: PPOConfig) -> Surrogate:
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
         gain = torch.minimum(ratio * sample["advantage"], clipped * sample["advantage"])
         return -gain - entropy_weight * entropy
+
+    return loss
+
+
+def policy_gradient_loss(policy: Policy, entropy_coefficient: float = 0.0) -> Surrogate:
+    """Minus advantage times log-probability (Williams, "REINFORCE", 1992).
+
+    Args:
+        policy: The policy.
+        entropy_coefficient: Weight of an entropy bonus.
+
+    Returns:
+        A function of policy parameters and samples (`observation`, `action`, `advantage`) that
+        returns each sample's loss.
+    """
+
+    def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
+        log_prob, entropy = policy.evaluate(theta, sample["observation"], sample["action"])
+        return -sample["advantage"] * log_prob - entropy_coefficient * entropy
 
     return loss
 

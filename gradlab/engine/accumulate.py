@@ -83,7 +83,7 @@ def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) ->
 
 
 def _parts(
-    whole: Part, index: Int[Tensor, "copy sample"] | None, room: int
+    whole: Part, index: Int[Tensor, "copy place"] | None, room: int
 ) -> Iterator[tuple[Part, slice]]:
     """Cut a batch into parts of at most `room` samples; with each goes which copies it holds."""
     if index is None:
@@ -106,7 +106,7 @@ def _even(total: int, most: int) -> list[slice]:
 
 def _by_copy(
     copy: Int[Tensor, " sample"],
-) -> tuple[Int[Tensor, " copy"], Int[Tensor, "copy sample"]]:
+) -> tuple[Int[Tensor, " copy"], Int[Tensor, "copy place"]]:
     """The copies' labels, and the numbers of each one's samples, filled up with -1."""
     labels, place, counts = torch.unique(copy, return_inverse=True, return_counts=True)
     order = torch.argsort(place, stable=True)

@@ -9,6 +9,7 @@ every sample instead, whose gradient is the per-sample gradient.
 
 from collections import defaultdict
 from collections.abc import Mapping, Set
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -100,6 +101,8 @@ def structured_gradients(
         if gradient is None:
             continue
         d = masked(use.arrange(gradient, agents, samples), part.mask)
+        if use.kind != "lookup":  # what was read for a sample that does not exist may be NaN
+            use = replace(use, inputs=masked(use.inputs, part.mask))
         for read, is_bias in ((use.weight, False), (use.bias, True)):
             if read is not None:
                 by_name[read].append((use, d, is_bias))

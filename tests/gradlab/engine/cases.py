@@ -1,0 +1,85 @@
+"""Every sharing scheme with every surrogate, small, in float64."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from trainers.config import HypernetworkConfig, PPOConfig
+from trainers.envs.vector_env import Box, Discrete
+from trainers.generators import METHODS
+from trainers.networks import MLP
+from trainers.off_policy import CRITIC, deterministic_actor_loss, q_loss
+from trainers.policies import make_policy
+from trainers.ppo import policy_gradient_loss, policy_loss, value_loss
+
+AGENTS, SAMPLES, OBSERVATION = 3, 10, 5
+DECOUPLED = ("hypermarl", "hypermarl-linear", "fups", "fups-id", "nops")
+SURROGATES = (
+    "pg-discrete",
+    "pg-continuous",
+    "ppo-discrete",
+    "ppo-continuous",
+    "value",
+    "value-clipped",
+    "q",
+    "dpg",
+)
+
+
+@dataclass
+class Case:
+    generator: nn.Module
+    surrogate: object
+    batch: dict[str, Tensor]
+    context: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def theta(self):
+        theta = self.generator(torch.arange(AGENTS))
+        return {name: t.detach() for name, t in theta.items()}
+
+
+def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
+    random = torch.Generator().manual_seed(seed)
+    box = Box(low=-torch.ones(2), high=torch.ones(2))
+    space = Discrete(n=4) if surrogate.endswith("discrete") else box
+
+    def draw(*shape):
+        return torch.randn(AGENTS, samples, *shape, generator=random).to(dtype)
+
+    def make(mlp):
+        generator = METHODS[method](mlp, AGENTS, random, HypernetworkConfig()).to(dtype)
+        with torch.no_grad():
+            for parameter in generator.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=random).to(dtype)
+        return generator
+
+    policy = make_policy(OBSERVATION, space, hidden=(6, 7), activation="tanh")
+    value = MLP(sizes=(OBSERVATION, 6, 7, 1), activation="relu", head_gain=1.0)
+    q = MLP(sizes=(OBSERVATION + 2, 6, 7, 1), activation="relu", head_gain=1.0)
+    actor = MLP(sizes=(OBSERVATION, 6, 7, 2), activation="tanh", head_gain=1.0)
+    batch = {"observation": draw(OBSERVATION)}
+    if surrogate in ("value", "value-clipped"):
+        batch |= {"value": 0.1 * draw(), "target": draw()}
+        return Case(
+            make(value), value_loss(value, PPOConfig(clip_value=surrogate != "value")), batch
+        )
+    if surrogate == "q":
+        return Case(make(q), q_loss(q), batch | {"action": draw(2), "target": draw()})
+    if surrogate == "dpg":
+        fixed = make(q)(torch.arange(AGENTS))
+        context = {
+            CRITIC + n: t.detach().expand(AGENTS, *t.shape[1:]) for n, t in fixed.items()
+        }
+        box = Box(low=box.low.to(dtype), high=box.high.to(dtype))
+        return Case(make(actor), deterministic_actor_loss(actor, q, box), batch, context)
+    batch["action"] = (
+        draw(2)
+        if space is box
+        else torch.randint(4, (AGENTS, samples), generator=random)
+    )
+    batch |= {"advantage": draw(), "log_prob": 0.3 * draw() - 1.5}
+    if surrogate.startswith("pg"):
+        return Case(make(policy.network), policy_gradient_loss(policy, 0.01), batch)
+    return Case(make(policy.network), policy_loss(policy, PPOConfig()), batch)
