@@ -43,9 +43,7 @@ def theta_gradients(loss, theta, batch, context=None, mask=None):
                 )
             for (name, leaf), gradient in zip(own.items(), gradients, strict=True):
                 found[name].append(torch.zeros_like(leaf) if gradient is None else gradient)
-    return {
-        name: torch.stack(rows).unflatten(0, (agents, samples)) for name, rows in found.items()
-    }
+    return {name: torch.stack(rows).unflatten(0, (agents, samples)) for name, rows in found.items()}
 
 
 def moments(gradients, layers, mask=None, copy=None):
@@ -65,8 +63,12 @@ def moments(gradients, layers, mask=None, copy=None):
         "square": flat.square().sum(1),
         "squared_norm": torch.stack(
             [
-                sum(g.flatten(2).square().sum((1, 2)) for n, g in gradients.items() if layers[n] == l)
-                for l in names
+                sum(
+                    g.flatten(2).square().sum((1, 2))
+                    for n, g in gradients.items()
+                    if layers[n] == layer
+                )
+                for layer in names
             ],
             1,
         ),

@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from gradlab.checks import check
+from gradlab.checks import UsageError, check
 from gradlab.engine.clusters import ClusterSums, FactoredSums, FormedSums, RunningSum
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, Surrogate, batch_axes
 from gradlab.engine.per_sample import Outer, PerSample
-from gradlab.engine.plan import Engine, Plan, gradients, plan_for
+from gradlab.engine.plan import Engine, Plan, forget, gradients, plan_for
+from gradlab.engine.structured import Unstructured
 from gradlab.parameters import ParameterLayout
 
 DEFAULT_BUDGET = 8 * 2**20
@@ -68,11 +69,22 @@ def gradient_moments(
     for name, tensor in (context or {}).items():
         _check_shape(f"context[{name!r}]", tensor[..., None].flatten(1)[:, :1], (agents, 1))
     whole = Part(batch=batch, context=context or {}, mask=mask)
-    plan = plan_for(surrogate, theta, whole, engine)
-    sums = _Sums(theta, agents, plan, copy, coordinates=coordinates)
-    room = max(1, budget // max(1, plan.bytes_per_sample))
-    for part, clusters in _parts(whole, sums.index, room):
-        sums.add(gradients(surrogate, theta, part, plan), part, clusters)
+    for last in (False, True):
+        plan = plan_for(surrogate, theta, whole, engine)
+        sums = _Sums(theta, agents, plan, copy, coordinates=coordinates)
+        room = max(1, budget // max(1, plan.bytes_per_sample))
+        try:
+            for part, clusters in _parts(whole, sums.index, room):
+                sums.add(gradients(surrogate, theta, part, plan), part, clusters)
+        except Unstructured as changed:
+            forget(surrogate)
+            if last:
+                raise UsageError(
+                    "`surrogate` must read its parameters in the same way for all samples. Got "
+                    f"another use of {changed} in a later part; pass engine='general'."
+                ) from changed
+        else:
+            break
     return sums.moments()
 
 

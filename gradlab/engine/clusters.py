@@ -243,7 +243,7 @@ class FactoredSums(ClusterSums):
 
 def _of_clusters(
     factor: Float[Tensor, "agent sample use size"], clusters: int, first: int, count: int
-) -> Float[Tensor, "matrix sample size"]:
+) -> Float[Tensor, "matrix row size"]:
     """A factor of some clusters' gradients, a matrix for each cluster and agent."""
     by_cluster: Tensor = factor.unflatten(1, (clusters, -1))[:, first : first + count]
     return by_cluster.flatten(2, 3).transpose(0, 1).flatten(0, 1)

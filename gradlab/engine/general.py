@@ -16,6 +16,7 @@ from gradlab.engine.part import (
     without_agent_axis,
 )
 from gradlab.engine.per_sample import PerSample, Rows
+from gradlab.engine.rewrites import Rewrites
 
 
 def general_gradients(
@@ -35,7 +36,7 @@ def general_gradients(
     axes = agent_axes(theta, agents)
 
     def loss(theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor]) -> Tensor:
-        return checked_loss(surrogate, dict(theta), {**sample, **context})
+        return checked_loss(surrogate, dict(theta), {**sample, **context}, Rewrites())
 
     per_sample = vmap(vmap(grad(loss), in_dims=(None, 0, None)), in_dims=(axes, 0, 0))
     with explained():

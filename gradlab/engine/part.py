@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gradlab.checks import UsageError, check
-from gradlab.engine.recurrent import GRUAsLinear
+from gradlab.engine.rewrites import Rewrites
 
 Theta: TypeAlias = dict[str, Tensor]
 Surrogate: TypeAlias = Callable[[Theta, dict[str, Tensor]], Tensor]
@@ -88,13 +88,16 @@ class Part:
         return self.mask.reshape(agents, clusters, -1).sum(2)
 
 
-def checked_loss(surrogate: Surrogate, theta: Theta, sample: dict[str, Tensor]) -> Tensor:
+def checked_loss(
+    surrogate: Surrogate, theta: Theta, sample: dict[str, Tensor], rewrites: Rewrites
+) -> Tensor:
     """Call a per-sample loss and insist on a scalar.
 
     Args:
         surrogate: The loss.
         theta: One agent's parameters.
         sample: One sample.
+        rewrites: The mode to call it under.
 
     Returns:
         The loss.
@@ -102,7 +105,7 @@ def checked_loss(surrogate: Surrogate, theta: Theta, sample: dict[str, Tensor]) 
     Raises:
         UsageError: If it is not a scalar, or not a tensor.
     """
-    with GRUAsLinear():
+    with rewrites:
         loss = surrogate(theta, sample)
     if not isinstance(loss, Tensor) or loss.dim() > 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -135,6 +138,8 @@ _SIGNS = {
     "randomness error mode": "randomness",
     "batch norm got a batched tensor": "batch norm",
     "running_mean": "batch norm",
+    "expected more than 1 value per channel": "batch norm",
+    "doesn't match the broadcast shape": "inplace",
     "inplace": "inplace",
     "in-place": "inplace",
     "data-dependent control flow": "data-dependent",
@@ -154,7 +159,9 @@ def explained() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
         message = str(error).lower()
         for sign, cause in _SIGNS.items():
             if sign in message:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -65,8 +66,8 @@ def plan_for(
     Returns:
         The plan.
     """
-    known = _KNOWN.setdefault(surrogate if owner is None else owner, {})
-    key = (engine, _shapes(theta, 0), _shapes(part.batch, 2), _shapes(part.context, 1))
+    known, function = _memo(surrogate if owner is None else owner)
+    key = (function, engine, _shapes(theta, 0), _shapes(part.batch, 2), _shapes(part.context, 1))
     if key not in known:
         known[key] = _found_out(surrogate, theta, part.span(0, 1), engine, warn=warn)
     return known[key]
@@ -89,6 +90,26 @@ def gradients(
     if plan.everything_formed:
         return general_gradients(surrogate, theta, part)
     return structured_gradients(surrogate, theta, part, plan.formed)
+
+
+def forget(surrogate: Surrogate) -> None:
+    """Drop what is remembered of a surrogate, which has come to read its parameters otherwise.
+
+    Args:
+        surrogate: The per-sample loss.
+    """
+    _memo(surrogate)[0].clear()
+
+
+def _memo(owner: object) -> tuple[dict[Any, Plan], object]:
+    """What is remembered, and what tells an owner's functions apart."""
+    lasting, function = owner, None
+    if isinstance(owner, MethodType):  # made anew at each look-up; its object lasts
+        lasting, function = owner.__self__, owner.__func__
+    try:
+        return _KNOWN.setdefault(lasting, {}), function
+    except TypeError:  # no hash, or no weak reference: found out each time
+        return {}, function
 
 
 def _found_out(

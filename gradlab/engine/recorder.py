@@ -6,15 +6,17 @@ with the loss's gradient at the output they give every sample's gradient of the 
 parameter that is read in any other way is reported, and its per-sample gradients must be formed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from gradlab.engine.rewrites import Rewrites, rewrite_of
 
 Kind: TypeAlias = Literal["linear", "affine", "lookup"]
 
@@ -32,22 +34,23 @@ class Use:
         bias: The same for the bias's place.
         inputs: What the layer read, [agent, sample, *use, in]; for a lookup the rows' numbers
             [agent, sample, *use].
-        output: What it returned, a node of the loss's graph, with its axes as they came.
-        place: Where agents and samples stand in `output`.
+        output: What it returned, as a place in the loss's graph: the tensor itself may since have
+            been written over.
+        place: Where agents and samples stand in what it returned.
     """
 
     kind: Kind
     weight: str | None
     bias: str | None
     inputs: Tensor
-    output: Tensor
+    output: GradientEdge
     place: _Place
 
     def arrange(self, gradient: Tensor, agents: int, samples: int) -> Tensor:
         """Bring a gradient at the output into order.
 
         Args:
-            gradient: A tensor shaped as `output`.
+            gradient: A tensor shaped as what the layer returned.
             agents: Number of agents.
             samples: Number of samples of each agent.
 
@@ -57,7 +60,7 @@ class Use:
         return _arranged(gradient, self.place, agents, samples)
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(Rewrites):
     """Records the uses of parameters while a function runs under the agents' and samples' `vmap`.
 
     Attributes:
@@ -93,8 +96,8 @@ class Recorder(TorchFunctionMode):
         """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
         names = {self._names[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._names}
-        if not names:
-            return func(*args, **kwargs)
+        if not names or rewrite_of(func, args) is not None:
+            return super().__torch_function__(func, types, args, kwargs)
         rule = _RULES.get(func)
         if rule is not None:
             output = rule(self, *args, **kwargs)
@@ -150,7 +153,7 @@ class Recorder(TorchFunctionMode):
                 weight=self.name_of(weight),
                 bias=self.name_of(bias),
                 inputs=_arranged(read[0].detach(), read[1], *self._sizes),
-                output=written[0],
+                output=get_gradient_edge(written[0]),
                 place=written[1],
             )
         )
@@ -208,7 +211,7 @@ def _linear(
 def _layer_norm(
     recorder: Recorder,
     input: Tensor,
-    normalized_shape: list[int],
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -241,16 +244,15 @@ def _embedding(
     return recorder.record("lookup", input, output, weight)
 
 
-def _getitem(recorder: Recorder, table: Tensor, index: object) -> Tensor | None:
-    integers = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
-    if not integers or recorder.name_of(table) is None:
+def _index_select(recorder: Recorder, input: Tensor, dim: int, index: Tensor) -> Tensor | None:
+    if dim != 0 or recorder.name_of(input) is None:
         return None
-    return recorder.record("lookup", index, table[index], table)  # type: ignore[index, arg-type]
+    return recorder.record("lookup", index, torch.index_select(input, 0, index), input)
 
 
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     functional.linear: _linear,
     functional.layer_norm: _layer_norm,
     functional.embedding: _embedding,
-    Tensor.__getitem__: _getitem,
+    torch.index_select: _index_select,
 }

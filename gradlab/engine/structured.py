@@ -10,6 +10,7 @@ every sample instead, whose gradient is the per-sample gradient.
 from collections import defaultdict
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +78,7 @@ def structured_gradients(
         theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor], zero: Tensor
     ) -> Tensor:
         recorder.watch({n: t for n, t in theta.items() if n not in formed}, zero)
-        with recorder:
-            return checked_loss(surrogate, dict(theta), {**sample, **context})
+        return checked_loss(surrogate, dict(theta), {**sample, **context}, recorder)
 
     over_samples = vmap(watched, in_dims=(sample_axes, 0, None, 0))
     over_agents = vmap(over_samples, in_dims=(axes, 0, 0, 0))
@@ -86,7 +86,8 @@ def structured_gradients(
     with torch.enable_grad(), explained():
         losses = over_agents(leaves, dict(part.batch), dict(part.context), zero)
         _refuse_others(recorder)
-        wanted = [leaves[name] for name in formed] + [use.output for use in recorder.uses]
+        wanted: list[Any] = [leaves[name] for name in formed]
+        wanted += [use.output for use in recorder.uses]
         total = masked(losses, part.mask).sum()
         if not wanted or not total.requires_grad:
             return {}

@@ -69,15 +69,11 @@ def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
         return Case(make(q), q_loss(q), batch | {"action": draw(2), "target": draw()})
     if surrogate == "dpg":
         fixed = make(q)(torch.arange(AGENTS))
-        context = {
-            CRITIC + n: t.detach().expand(AGENTS, *t.shape[1:]) for n, t in fixed.items()
-        }
+        context = {CRITIC + n: t.detach().expand(AGENTS, *t.shape[1:]) for n, t in fixed.items()}
         box = Box(low=box.low.to(dtype), high=box.high.to(dtype))
         return Case(make(actor), deterministic_actor_loss(actor, q, box), batch, context)
     batch["action"] = (
-        draw(2)
-        if space is box
-        else torch.randint(4, (AGENTS, samples), generator=random)
+        draw(2) if space is box else torch.randint(4, (AGENTS, samples), generator=random)
     )
     batch |= {"advantage": draw(), "log_prob": 0.3 * draw() - 1.5}
     if surrogate.startswith("pg"):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import DECOUPLED, SAMPLES, SURROGATES, case
+from cases import DECOUPLED, SURROGATES, case
 from reference import moments as reference_moments
 from reference import theta_gradients
 
@@ -31,8 +31,14 @@ def test_engine_equals_a_loop_over_samples(method, surrogate, engine, budget):
     c = case(method, surrogate)
     gradients = theta_gradients(c.surrogate, c.theta, c.batch, c.context)
     found = gradient_moments(
-        c.surrogate, c.theta, c.batch, context=c.context, coordinates=True, copy=COPY,
-        engine=engine, budget=budget,
+        c.surrogate,
+        c.theta,
+        c.batch,
+        context=c.context,
+        coordinates=True,
+        copy=COPY,
+        engine=engine,
+        budget=budget,
     )
     check(found, reference_moments(gradients, found.layout.layer_of, copy=COPY), COPY)
     wanted = {"general"} if engine == "general" else {"structured"}
@@ -48,8 +54,15 @@ def test_missing_samples_count_for_nothing(surrogate, engine, budget, copy):
     c.batch["observation"][~MASK] = torch.nan
     gradients = theta_gradients(c.surrogate, c.theta, c.batch, c.context, MASK)
     found = gradient_moments(
-        c.surrogate, c.theta, c.batch, context=c.context, mask=MASK, coordinates=True, copy=copy,
-        engine=engine, budget=budget,
+        c.surrogate,
+        c.theta,
+        c.batch,
+        context=c.context,
+        mask=MASK,
+        coordinates=True,
+        copy=copy,
+        engine=engine,
+        budget=budget,
     )
     check(found, reference_moments(gradients, found.layout.layer_of, MASK, copy), copy)
 
