@@ -22,28 +22,45 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gradlab.checks import UsageError
     from gradlab.decomposition import Decomposition, decompose
+    from gradlab.engine.accumulate import gradient_moments
+    from gradlab.engine.gram import SampleGram, sample_gram
+    from gradlab.engine.moments import Moments
+    from gradlab.jacobian import Jacobian
+    from gradlab.metrics.coupling import coupling
     from gradlab.metrics.interference import interference
     from gradlab.metrics.variance import variance
     from gradlab.run import Run, open_run
 
 __all__ = [
     "Decomposition",
+    "Jacobian",
+    "Moments",
     "Run",
+    "SampleGram",
     "UsageError",
+    "coupling",
     "decompose",
+    "gradient_moments",
     "interference",
     "open_run",
+    "sample_gram",
     "variance",
 ]
 
 # Loaded on first use: torch takes over a second, and `gradlab --help` needs none of it.
 _HOME = {
     "Decomposition": "gradlab.decomposition",
+    "Jacobian": "gradlab.jacobian",
+    "Moments": "gradlab.engine.moments",
     "Run": "gradlab.run",
+    "SampleGram": "gradlab.engine.gram",
     "UsageError": "gradlab.checks",
     "decompose": "gradlab.decomposition",
+    "coupling": "gradlab.metrics.coupling",
+    "gradient_moments": "gradlab.engine.accumulate",
     "interference": "gradlab.metrics.interference",
     "open_run": "gradlab.run",
+    "sample_gram": "gradlab.engine.gram",
     "variance": "gradlab.metrics.variance",
 }
 

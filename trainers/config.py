@@ -52,6 +52,9 @@ class HypernetworkConfig(_Section):
     )
     embedding_size: PositiveInt = Field(8, description="size of a learned embedding")
     hidden: tuple[PositiveInt, ...] = Field((64,), description="widths of hypermarl's trunks")
+    bias: bool = Field(
+        True, description="heads have a bias, which all agents share; false with one-hot: as nops"
+    )
     scaled_init: bool = Field(
         True,
         description="scale the weight heads so that generated layers start with PPO's gains; "

@@ -27,6 +27,7 @@ def _hypernetwork(default: str, *, linear: bool) -> Factory:
             embedding_size=config.embedding_size if kind == "learned" else None,
             hidden=() if linear else config.hidden,
             scaled_init=config.scaled_init,
+            bias=config.bias,
         )
 
     return make

@@ -51,6 +51,23 @@ class Generator(nn.Module, ABC):
         theta: Theta = self(torch.arange(self.agents))
         return theta
 
+    @abstractmethod
+    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
+        """Closed form of how far the heads tie agents together.
+
+        Returns:
+            By policy parameter, the trace of J_i J_k^T over its rows, J being taken with respect
+            to the trained parameters that `head_parameters` names.
+        """
+
+    def head_parameters(self) -> set[str]:
+        """Name the trained parameters that policy parameters depend on linearly.
+
+        Returns:
+            Names in `named_parameters`; all, unless a scheme has more than heads.
+        """
+        return {name for name, _ in self.named_parameters()}
+
     def clip_gradients(self, max_norm: float) -> None:
         """Clip each separately trained part's gradient by its own norm, in place.
 

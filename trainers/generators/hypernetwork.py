@@ -30,6 +30,7 @@ class HyperNetwork(Generator):
         embedding_size: int | None,
         hidden: tuple[int, ...],
         scaled_init: bool,
+        bias: bool = True,
     ) -> None:
         """Draw the initial parameters.
 
@@ -40,6 +41,7 @@ class HyperNetwork(Generator):
             embedding_size: Size of a learned embedding; None for fixed one-hot IDs.
             hidden: Widths of the trunks' ReLU layers.
             scaled_init: Scale the weight heads to PPO's gains, see `gain_scales`.
+            bias: Give the heads a bias, the part of a policy that all agents share.
         """
         super().__init__(mlp, agents)
         self.embedding: Tensor
@@ -59,10 +61,11 @@ class HyperNetwork(Generator):
         self.parts = nn.ModuleDict()
         for name, shape in self.shapes.items():
             trunk = _trunk((self.embedding.shape[1], *hidden), random)
-            head = nn.Linear((self.embedding.shape[1], *hidden)[-1], math.prod(shape))
+            head = nn.Linear((self.embedding.shape[1], *hidden)[-1], math.prod(shape), bias=bias)
             with torch.no_grad():
                 head.weight.zero_()
-                head.bias.zero_()
+                if bias:
+                    head.bias.zero_()
                 if len(shape) == 2:
                     gain = mlp.gain(name.partition(".")[0])
                     units = _orthogonal_stack(head.in_features, shape, gain, random)
@@ -95,6 +98,25 @@ class HyperNetwork(Generator):
             dim=1,
         )
         return rows, "each agent's generated weights (its embedding is a fixed one-hot)"
+
+    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
+        """See `Generator.coupling_traces`: (f(e_i) . f(e_k) + 1) for each weight of a head."""
+        traces: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, shape in self.shapes.items():
+                part = self.parts[name.replace(".", "/")]
+                assert isinstance(part, nn.ModuleDict)
+                features = part["trunk"](self.embedding).double()
+                bias = float(part["head"].bias is not None)
+                traces[name] = (features @ features.mT + bias) * math.prod(shape)
+        if self.mlp.log_std_size:
+            everyone = torch.ones(self.agents, self.agents, dtype=torch.float64)
+            traces["log_std"] = everyone * self.mlp.log_std_size
+        return traces
+
+    def head_parameters(self) -> set[str]:
+        """See `Generator.head_parameters`."""
+        return {n for n, _ in self.named_parameters() if ".head." in n or n == "log_std"}
 
     def layer_of(self, parameter: str) -> str:
         """See `Generator.layer_of`."""

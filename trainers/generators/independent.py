@@ -29,6 +29,11 @@ class NoPS(Generator):
         rows = torch.cat([tensor.detach().flatten(1) for tensor in self.theta.values()], dim=1)
         return rows, "each agent's own weights"
 
+    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
+        """See `Generator.coupling_traces`."""
+        own = torch.eye(self.agents, dtype=torch.float64)
+        return {name.replace("/", "."): own * t[0].numel() for name, t in self.theta.items()}
+
     def clip_gradients(self, max_norm: float) -> None:
         """Clip each agent's gradient by its own norm, as if it were trained alone.
 

@@ -25,6 +25,10 @@ class FuPS(Generator):
         flat = torch.cat([tensor.detach().flatten() for tensor in self.theta.values()])
         return flat.expand(self.agents, -1), "the shared weights, the same for every agent"
 
+    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
+        """See `Generator.coupling_traces`."""
+        return _shared_traces(self.theta, self.agents)
+
     def layer_of(self, parameter: str) -> str:
         """See `Generator.layer_of`."""
         return parameter.removeprefix("theta.").partition("/")[0]
@@ -56,11 +60,24 @@ class FuPSID(Generator):
         """See `Generator.representation`."""
         return self.id_columns.detach(), "each agent's ID column of the first layer"
 
+    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
+        """See `Generator.coupling_traces`."""
+        traces = _shared_traces(self.theta, self.agents)
+        bias = f"{self._first}.bias"
+        own = torch.eye(self.agents, dtype=torch.float64) * self.id_columns.shape[1]
+        return traces | {bias: traces[bias] + own}
+
     def layer_of(self, parameter: str) -> str:
         """See `Generator.layer_of`."""
         if parameter == "id_columns":
             return self._first
         return parameter.removeprefix("theta.").partition("/")[0]
+
+
+def _shared_traces(theta: nn.ParameterDict, agents: int) -> dict[str, Tensor]:
+    """J is the identity for every agent: the trace is the number of parameters."""
+    everyone = torch.ones(agents, agents, dtype=torch.float64)
+    return {name.replace("/", "."): everyone * tensor.numel() for name, tensor in theta.items()}
 
 
 def _register(theta: Theta) -> nn.ParameterDict:
