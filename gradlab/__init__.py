@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gradlab.engine.accumulate import gradient_moments
     from gradlab.engine.gram import SampleGram, sample_gram
     from gradlab.engine.moments import Moments
+    from gradlab.factorisation import Factorisation, factorise
     from gradlab.jacobian import Jacobian
     from gradlab.metrics.coupling import coupling
     from gradlab.metrics.interference import interference
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Decomposition",
+    "Factorisation",
     "Jacobian",
     "Moments",
     "Run",
@@ -40,6 +42,7 @@ __all__ = [
     "UsageError",
     "coupling",
     "decompose",
+    "factorise",
     "gradient_moments",
     "interference",
     "open_run",
@@ -50,6 +53,7 @@ __all__ = [
 # Loaded on first use: torch takes over a second, and `gradlab --help` needs none of it.
 _HOME = {
     "Decomposition": "gradlab.decomposition",
+    "Factorisation": "gradlab.factorisation",
     "Jacobian": "gradlab.jacobian",
     "Moments": "gradlab.engine.moments",
     "Run": "gradlab.run",
@@ -57,6 +61,7 @@ _HOME = {
     "UsageError": "gradlab.checks",
     "decompose": "gradlab.decomposition",
     "coupling": "gradlab.metrics.coupling",
+    "factorise": "gradlab.factorisation",
     "gradient_moments": "gradlab.engine.accumulate",
     "interference": "gradlab.metrics.interference",
     "open_run": "gradlab.run",

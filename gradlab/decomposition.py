@@ -18,11 +18,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from gradlab.checks import UsageError
 from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, Surrogate, Theta, batch_axes, masked
-from gradlab.engine.per_sample import PerSample
+from gradlab.engine.per_sample import PerSample, Rows
 from gradlab.engine.plan import Engine, gradients, plan_for
+from gradlab.factorisation import OBSERVATION, factorise
 from gradlab.parameters import ParameterLayout, owning_module
 
 
@@ -37,6 +39,9 @@ class Decomposition:
         moments: Sums over samples of the per-sample gradients in theta-space.
         contributions: J_i^T Z_i by trained parameter, in the form that takes least memory; their
             samples are the agents (of a single "agent").
+        factorisation_gap: How far the gradient is from a product of an agent-conditioned and an
+            observation-conditioned factor, as for `gradlab.factorise`; 0 for a generator that does
+            not read the observation.
         residual: Norm of `total` minus plain autograd's gradient, over the latter's norm; NaN if
             it was not asked for.
         theta_layout: Names, shapes and layers of the policy parameters.
@@ -45,6 +50,7 @@ class Decomposition:
 
     moments: Moments
     contributions: dict[str, PerSample]
+    factorisation_gap: float
     residual: float
     theta_layout: ParameterLayout
     psi_layout: ParameterLayout
@@ -120,7 +126,9 @@ def decompose(
         generator: Makes policy parameters: called with agent numbers (int64, [agent]) it returns
             tensors [agent, ...] by name, or [1, ...] where all agents share the tensor. Its
             parameters that require a gradient are the trained ones. An optional method
-            `layer_of(parameter_name)` names the layer of a trained parameter.
+            `layer_of(parameter_name)` names the layer of a trained parameter. If an attribute
+            `reads_observation` is true it is called with agent numbers [n] and observations
+            [n, ...]; g_i is then the mean of J_t^T z_t.
         surrogate: Loss of one sample, given one agent's parameters (without the agent axis) and
             the sample (without agent and sample axes). Must work under `torch.func.vmap`.
         batch: Tensors [agent, sample, ...] by name, what `surrogate` reads.
@@ -141,6 +149,28 @@ def decompose(
             per sample.
     """
     agents, _ = batch_axes(batch)
+    part = Part(batch=batch, context=context or {}, mask=mask)
+    if getattr(generator, "reads_observation", False):
+        parts = factorise(
+            generator,
+            surrogate,
+            batch,
+            mask=mask,
+            context=context,
+            copy=copy,
+            coordinates=coordinates,
+            budget=budget,
+        )
+        of_psi = parts.psi_layout.unflatten(parts.g)
+        decomposition = Decomposition(
+            moments=parts.moments,
+            contributions={name: Rows(g[None]) for name, g in of_psi.items()},
+            factorisation_gap=parts.gap,
+            residual=float("nan"),
+            theta_layout=parts.moments.layout,
+            psi_layout=parts.psi_layout,
+        )
+        return _checked(decomposition, generator, surrogate, part) if check else decomposition
     theta = policy_parameters(generator, agents)
     moments = gradient_moments(
         surrogate,
@@ -157,17 +187,12 @@ def decompose(
     decomposition = Decomposition(
         moments=moments,
         contributions=contributions(generator, moments.layout.unflatten(moments.mean)),
+        factorisation_gap=0.0,
         residual=float("nan"),
         theta_layout=moments.layout,
         psi_layout=ParameterLayout.of(psi, layer_of=getattr(generator, "layer_of", owning_module)),
     )
-    if not check:
-        return decomposition
-    part = Part(batch=batch, context=context or {}, mask=mask)
-    plain = decomposition.psi_layout.flatten(_plain_gradient(generator, surrogate, part, psi))
-    difference = (decomposition.total - plain).norm().item()
-    scale = plain.norm().item()
-    return replace(decomposition, residual=difference / scale if scale > 0 else difference)
+    return _checked(decomposition, generator, surrogate, part) if check else decomposition
 
 
 def policy_parameters(generator: nn.Module, agents: int) -> Theta:
@@ -180,6 +205,11 @@ def policy_parameters(generator: nn.Module, agents: int) -> Theta:
     Returns:
         Tensors by name, [agent, ...], or [1, ...] where the agents share one.
     """
+    if getattr(generator, "reads_observation", False):
+        raise UsageError(
+            "`generator` must not read the observation here: it has other parameters, and another "
+            "J_i, for each sample. Use gradlab.factorise."
+        )
     with torch.no_grad():
         theta = generator(_numbers(generator, agents))
     return {name: tensor.detach() for name, tensor in theta.items()}
@@ -219,23 +249,49 @@ def _numbers(generator: nn.Module, agents: int) -> Int[Tensor, " agent"]:
     return torch.arange(agents, device=next((p.device for p in generator.parameters()), None))
 
 
-def _plain_gradient(
-    generator: nn.Module, surrogate: Surrogate, part: Part, psi: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The same gradient by one ordinary backward pass, with nothing taken apart."""
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in psi.items()}
-    agents, _ = part.sizes
+def _checked(
+    decomposition: Decomposition, generator: nn.Module, surrogate: Surrogate, part: Part
+) -> Decomposition:
+    """Add the residual: the same gradient by one ordinary backward pass, nothing taken apart."""
+    psi = {
+        name: p.detach().requires_grad_()
+        for name, p in generator.named_parameters()
+        if p.requires_grad
+    }
+    agents, samples = part.sizes
+    numbers = _numbers(generator, agents)
     weights = 1 / part.counts().clamp(min=1).to(next(iter(psi.values())).dtype)
+    per_sample = getattr(generator, "reads_observation", False)
 
     def loss(theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor]) -> Tensor:
         return surrogate(theta, {**sample, **context})
 
     with torch.enable_grad():
-        theta = functional_call(generator, leaves, (_numbers(generator, agents),))
-        theta = {name: tensor.expand(agents, *tensor.shape[1:]) for name, tensor in theta.items()}
-        losses = vmap(vmap(loss, in_dims=(None, 0, None)))(
+        if per_sample:
+            observation = part.batch[OBSERVATION].flatten(0, 1)
+            repeated = numbers.repeat_interleave(samples)
+            theta = functional_call(generator, psi, (repeated, observation))
+            theta = {
+                name: tensor.expand(agents * samples, *tensor.shape[1:]).unflatten(
+                    0, (agents, samples)
+                )
+                for name, tensor in theta.items()
+            }
+        else:
+            theta = functional_call(generator, psi, (numbers,))
+            theta = {n: tensor.expand(agents, *tensor.shape[1:]) for n, tensor in theta.items()}
+        losses = vmap(vmap(loss, in_dims=(0 if per_sample else None, 0, None)))(
             theta, dict(part.batch), dict(part.context)
         )
         total = (masked(losses, part.mask).sum(1) * weights[:, 0]).sum()
-        found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+        plain = torch.autograd.grad(total, list(psi.values()), materialize_grads=True)
+    layout = decomposition.psi_layout
+    ours = layout.unflatten(decomposition.total)
+    squares = [
+        ((ours[name] - reference).square().sum(), reference.square().sum())
+        for name, reference in zip(psi, plain, strict=True)
+    ]
+    difference, scale = (
+        torch.stack(part).sum().sqrt().item() for part in zip(*squares, strict=True)
+    )
+    return replace(decomposition, residual=difference / scale if scale > 0 else difference)

@@ -74,6 +74,9 @@ class Probe:
             del found[name]["inner_product"]  # the cosines and norms say it
             if self.level == "full":
                 found[name] |= measure_variance(parts)
+            found[name]["factorisation_gap"] = Quantity.scalar(
+                parts.factorisation_gap, "1", "|E[J^T z] - E[J]^T E[z]| / |E[J^T z]|"
+            )
             found[name]["residual"] = self._checks[name].residual(batches[name])
             found[name]["samples"] = Quantity(
                 values=parts.moments.count.cpu().numpy(),

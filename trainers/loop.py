@@ -17,7 +17,8 @@ from trainers.config import TrainConfig
 from trainers.envs import make_env
 from trainers.envs.vector_env import EnvSpec
 from trainers.generators import METHODS
-from trainers.networks import MLP
+from trainers.generators.generator import Generator
+from trainers.networks import MLP, Theta
 from trainers.policies import make_policy
 from trainers.ppo import normalise, policy_loss, value_loss
 from trainers.rollout import Collector, Rollout
@@ -189,16 +190,15 @@ class Trainer:
 
     def _collect(self) -> Rollout:
         with torch.no_grad():
-            theta, critic_theta = self.actor.all_agents(), self.critic.all_agents()
-        return self.collector.collect(
-            self.config.steps,
-            self.policy,
-            theta,
-            self.value,
-            critic_theta,
-            self.config.ppo,
-            self.random,
-        )
+            return self.collector.collect(
+                self.config.steps,
+                self.policy,
+                fixed_parameters(self.actor),
+                self.value,
+                fixed_parameters(self.critic),
+                self.config.ppo,
+                self.random,
+            )
 
     def _diagnose(self, rollout: Rollout) -> dict[str, Quantity]:
         samples = rollout.samples | {"advantage": normalise(rollout.samples["advantage"])}
@@ -216,8 +216,8 @@ class Trainer:
             for part in order.tensor_split(ppo.minibatches):
                 batch = {name: tensor[:, part] for name, tensor in samples.items()}
                 batch["advantage"] = normalise(batch["advantage"])
-                policy = self.policy_loss(self.actor.all_agents(), batch).mean()
-                value = self.value_loss(self.critic.all_agents(), batch).mean()
+                policy = self.policy_loss(self.actor.policy_for(batch["observation"]), batch).mean()
+                value = self.value_loss(self.critic.policy_for(batch["observation"]), batch).mean()
                 self.optimiser.zero_grad(set_to_none=True)
                 torch.autograd.backward([policy, value])
                 self.actor.clip_gradients(ppo.max_gradient_norm)
@@ -248,6 +248,21 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "updates": config.updates,
         "config": config.model_dump(mode="json"),
     }
+
+
+def fixed_parameters(generator: Generator) -> Callable[[Tensor], Theta]:
+    """What agents act with while nothing is trained, generated as seldom as can be.
+
+    Args:
+        generator: Makes their parameters.
+
+    Returns:
+        A function of observations [agent, sample, obs].
+    """
+    if generator.reads_observation:
+        return generator.policy_for
+    theta = generator.all_agents()
+    return lambda _: theta
 
 
 def _mean(values: list[float] | list[int]) -> float:

@@ -62,7 +62,7 @@ class MLP:
 
         Args:
             theta: Parameters by name, "layer0.weight" [outputs, inputs] and so on; or each with a
-                leading axis [agent] or [1].
+                leading axis [agent] or [1], or axes [agent, sample].
             x: Inputs; [agent, sample, inputs] if the parameters have an agent axis.
 
         Returns:
@@ -78,6 +78,8 @@ class MLP:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if weight.dim() == 2:
         return functional.linear(x, weight, bias)
+    if weight.dim() == 4:
+        return (weight @ x[..., None]).squeeze(-1) + bias
     if weight.shape[0] > 1:
         return torch.baddbmm(bias[:, None], x, weight.mT)
     if bias.shape[0] > 1:

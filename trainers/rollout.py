@@ -1,5 +1,6 @@
 """Collecting experience: every copy stepped by the current policies."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +52,9 @@ class Collector:
         self,
         steps: int,
         policy: Policy,
-        theta: Theta,
+        theta: Callable[[Tensor], Theta],
         critic: MLP,
-        critic_theta: Theta,
+        critic_theta: Callable[[Tensor], Theta],
         config: PPOConfig,
         random: RandomGenerator,
     ) -> Rollout:
@@ -62,9 +63,9 @@ class Collector:
         Args:
             steps: Number of steps of every copy.
             policy: Draws actions.
-            theta: Policy parameters of all agents.
+            theta: Policy parameters of all agents, given what they see.
             critic: Value network.
-            critic_theta: Its parameters for all agents.
+            critic_theta: Its parameters for all agents, given what they see.
             config: Discount and lambda.
             random: Source of the actions' randomness.
 
@@ -77,11 +78,11 @@ class Collector:
         lengths: list[int] = []
 
         def value_of(observation: Tensor) -> Tensor:
-            return critic.forward(critic_theta, observation).squeeze(-1)
+            return critic.forward(critic_theta(observation), observation).squeeze(-1)
 
         value = value_of(self.observation)
         for _ in range(steps):
-            action, log_prob = policy.sample(theta, self.observation, random)
+            action, log_prob = policy.sample(theta(self.observation), self.observation, random)
             step = self.env.step(policy.to_env(action))
             next_value = following = value_of(step.observation)
             if step.truncated.any():

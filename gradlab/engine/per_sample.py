@@ -84,7 +84,7 @@ class Rows(PerSample):
 
     def squared_norms(self) -> Float[Tensor, "agent sample"]:
         """See `PerSample.squared_norms`."""
-        return _squared_length(self.values.flatten(2))
+        return _squared_length(self.values.reshape(*self.values.shape[:2], -1))
 
     def squares(self) -> Float[Tensor, " agent *shape"]:
         """See `PerSample.squares`."""

@@ -6,6 +6,7 @@ from torch import Generator as RandomGenerator
 
 from gradlab.registry import Registry
 from trainers.config import HypernetworkConfig
+from trainers.generators.coupled import CoupledHyperNetwork
 from trainers.generators.generator import Generator
 from trainers.generators.hypernetwork import HyperNetwork
 from trainers.generators.independent import NoPS
@@ -15,12 +16,14 @@ from trainers.networks import MLP
 Factory = Callable[[MLP, int, RandomGenerator, HypernetworkConfig], Generator]
 
 
-def _hypernetwork(default: str, *, linear: bool) -> Factory:
+def _hypernetwork(
+    default: str, *, linear: bool = False, kind_of: type[HyperNetwork] = HyperNetwork
+) -> Factory:
     def make(
         mlp: MLP, agents: int, random: RandomGenerator, config: HypernetworkConfig
     ) -> Generator:
         kind = default if config.embedding == "default" else config.embedding
-        return HyperNetwork(
+        return kind_of(
             mlp,
             agents,
             random,
@@ -36,7 +39,8 @@ def _hypernetwork(default: str, *, linear: bool) -> Factory:
 METHODS: Registry[Factory] = Registry(
     "method",
     {
-        "hypermarl": _hypernetwork("learned", linear=False),
+        "hypermarl": _hypernetwork("learned"),
+        "hypermarl-coupled": _hypernetwork("learned", kind_of=CoupledHyperNetwork),
         "hypermarl-linear": _hypernetwork("one-hot", linear=True),
         "fups": lambda mlp, agents, random, _: FuPS(mlp, agents, random),
         "fups-id": lambda mlp, agents, random, _: FuPSID(mlp, agents, random),

@@ -1,6 +1,7 @@
 """What every sharing scheme is: a map from trained parameters to each agent's policy parameters."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,11 @@ class Generator(nn.Module, ABC):
     Attributes:
         agents: Number of agents.
         mlp: The network whose parameters are made.
+        reads_observation: Whether `forward` takes an observation for each agent number as well,
+            so that every sample has parameters of its own.
     """
+
+    reads_observation: ClassVar[bool] = False
 
     def __init__(self, mlp: MLP, agents: int) -> None:
         super().__init__()
@@ -67,6 +72,17 @@ class Generator(nn.Module, ABC):
             Names in `named_parameters`; all, unless a scheme has more than heads.
         """
         return {name for name, _ in self.named_parameters()}
+
+    def policy_for(self, observation: Float[Tensor, "agent sample obs"]) -> Theta:  # noqa: ARG002
+        """Make the parameters with which all agents act on what they see.
+
+        Args:
+            observation: What they see.
+
+        Returns:
+            As `forward`, for all agents in order; [agent, sample, ...] if `reads_observation`.
+        """
+        return self.all_agents()
 
     def clip_gradients(self, max_norm: float) -> None:
         """Clip each separately trained part's gradient by its own norm, in place.

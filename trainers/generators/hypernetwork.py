@@ -31,6 +31,7 @@ class HyperNetwork(Generator):
         hidden: tuple[int, ...],
         scaled_init: bool,
         bias: bool = True,
+        observation_size: int = 0,
     ) -> None:
         """Draw the initial parameters.
 
@@ -42,6 +43,8 @@ class HyperNetwork(Generator):
             hidden: Widths of the trunks' ReLU layers.
             scaled_init: Scale the weight heads to PPO's gains, see `gain_scales`.
             bias: Give the heads a bias, the part of a policy that all agents share.
+            observation_size: Length of what the trunks read before the embedding; it is 0 as far
+                as the initial scale goes.
         """
         super().__init__(mlp, agents)
         self.embedding: Tensor
@@ -59,9 +62,12 @@ class HyperNetwork(Generator):
             for kind, shape in (("weight", (outputs, inputs)), ("bias", (outputs,)))
         }
         self.parts = nn.ModuleDict()
+        nothing = torch.zeros(agents, observation_size)
+        inputs = torch.cat([nothing, self.embedding.detach()], dim=1)
         for name, shape in self.shapes.items():
-            trunk = _trunk((self.embedding.shape[1], *hidden), random)
-            head = nn.Linear((self.embedding.shape[1], *hidden)[-1], math.prod(shape), bias=bias)
+            widths = (inputs.shape[1], *hidden)
+            trunk = _trunk(widths, random)
+            head = nn.Linear(widths[-1], math.prod(shape), bias=bias)
             with torch.no_grad():
                 head.weight.zero_()
                 if bias:
@@ -70,7 +76,7 @@ class HyperNetwork(Generator):
                     gain = mlp.gain(name.partition(".")[0])
                     units = _orthogonal_stack(head.in_features, shape, gain, random)
                     if scaled_init:
-                        features = trunk(self.embedding)
+                        features = trunk(inputs)
                         units *= gain_scales(features, units, gain)[:, None, None]
                     head.weight.copy_(units.flatten(1).mT)
             self.parts[name.replace(".", "/")] = nn.ModuleDict({"trunk": trunk, "head": head})
@@ -79,12 +85,22 @@ class HyperNetwork(Generator):
 
     def forward(self, agents: Int[Tensor, " agent"]) -> Theta:
         """See `Generator.forward`."""
-        e = self.embedding[agents]
+        return self.make(self.embedding[agents])
+
+    def make(self, inputs: Float[Tensor, "n input"]) -> Theta:
+        """Apply the trunks and heads.
+
+        Args:
+            inputs: What they read.
+
+        Returns:
+            Tensors [n, ...] by name, or [1, ...] where all share the tensor.
+        """
         theta: Theta = {}
         for name, shape in self.shapes.items():
             part = self.parts[name.replace(".", "/")]
             assert isinstance(part, nn.ModuleDict)
-            theta[name] = part["head"](part["trunk"](e)).view(-1, *shape)
+            theta[name] = part["head"](part["trunk"](inputs)).view(-1, *shape)
         if self.mlp.log_std_size:
             theta["log_std"] = self.log_std[None]
         return theta
