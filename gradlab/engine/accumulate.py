@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gradlab.checks import UsageError, check
-from gradlab.engine.clusters import ClusterSums, FactoredSums, FormedSums, RunningSum
+from gradlab.engine.clusters import EXACT, ClusterSums, FactoredSums, FormedSums, RunningSum
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, Surrogate, batch_axes
 from gradlab.engine.per_sample import Outer, PerSample
@@ -17,7 +17,7 @@ from gradlab.engine.plan import Engine, Plan, forget, gradients, plan_for
 from gradlab.engine.structured import Unstructured
 from gradlab.parameters import ParameterLayout
 
-DEFAULT_BUDGET = 8 * 2**20
+DEFAULT_BUDGET = 32 * 2**20
 """Bytes that what is kept for one part's gradients may take."""
 
 
@@ -72,7 +72,7 @@ def gradient_moments(
     for last in (False, True):
         plan = plan_for(surrogate, theta, whole, engine)
         sums = _Sums(theta, agents, plan, copy, coordinates=coordinates)
-        room = max(1, budget // max(1, plan.bytes_per_sample))
+        room = max(1, min(EXACT, budget // max(1, plan.bytes_per_sample)))
         try:
             for part, clusters in _parts(whole, sums.index, room):
                 sums.add(gradients(surrogate, theta, part, plan), part, clusters)
@@ -179,19 +179,20 @@ class _Sums:
             if self.square is not None:
                 self.square[name] += gradient.squares()
             layer = self.layout.layer_of[name]
-            squared = gradient.squared_norms()
-            by_layer[layer] = by_layer[layer] + squared if layer in by_layer else squared
-        for layer, squared in by_layer.items():
-            column = self.layout.layers.index(layer)
-            self.squared_norm[:, column] += squared.sum(1, dtype=torch.float64)
-            self.non_finite[:, column] += (~squared.isfinite()).sum(1)
+            norms = gradient.squared_norms()
+            by_layer[layer] = by_layer[layer].add_(norms) if layer in by_layer else norms
+        if by_layer:
+            columns = [self.layout.layers.index(layer) for layer in by_layer]
+            squared = torch.stack(list(by_layer.values()))
+            self.squared_norm[:, columns] += squared.sum(2, dtype=torch.float64).mT
+            self.non_finite[:, columns] += (~squared.isfinite()).sum(2).mT
 
     def _cluster_sums(self, gradient: PerSample, clusters: int, samples: int) -> ClusterSums:
         """The form in which a parameter's sums by copy take less memory."""
         size = math.prod(gradient.shape)
         if isinstance(gradient, Outer) and gradient.numbers_per_sample * samples < size:
             return FactoredSums(self.like, self.agents, clusters, gradient.shape)
-        return FormedSums(self.like.new_zeros(clusters, self.agents, *gradient.shape))
+        return FormedSums.empty(self.like, self.agents, clusters, gradient.shape)
 
     def moments(self) -> Moments:
         """What was added up."""
@@ -201,7 +202,7 @@ class _Sums:
             nothing = self.like.new_zeros(())
             for name, shape in self.layout.shapes.items():
                 if name not in self.by_copy:  # not read
-                    empty = nothing.expand(len(self.index), self.agents, *shape)
+                    empty = nothing.expand(self.agents, len(self.index), *shape)
                     self.by_copy[name] = FormedSums(empty)
             self.by_copy = {name: self.by_copy[name] for name in self.layout.shapes}
             sums = {name: by_copy.total() for name, by_copy in self.by_copy.items()}

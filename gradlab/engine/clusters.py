@@ -18,7 +18,7 @@ from gradlab.engine.per_sample import Outer, PerSample
 _BLOCK = 4 * 2**20
 """Bytes of the clusters' gradients that are formed at once: what fits a processor's cache."""
 
-_EXACT = 4096
+EXACT = 4096
 """Samples whose gradients are added up in their own precision before they join a float64 sum."""
 
 
@@ -41,7 +41,7 @@ class RunningSum:
             gradient: The gradients.
             samples: How many samples of each agent they are.
         """
-        if self._added + samples > _EXACT:
+        if self._added + samples > EXACT:
             self.flush()
         gradient.add_sums(self._recent[:, None])
         self._added += samples
@@ -78,12 +78,17 @@ class ClusterSums(ABC):
         """
 
     @abstractmethod
-    def form(self, clusters: slice, out: Float[Tensor, "cluster agent *shape"]) -> None:
-        """Write the sums of some clusters.
+    def form(
+        self, clusters: slice, room: Float[Tensor, "agent room *shape"]
+    ) -> Float[Tensor, "agent cluster *shape"]:
+        """The sums of some clusters.
 
         Args:
             clusters: Which clusters; a stretch that `stretches` gave.
-            out: Where to; contiguous.
+            room: Memory that may be used for them.
+
+        Returns:
+            The sums.
         """
 
     @abstractmethod
@@ -98,7 +103,7 @@ class ClusterSums(ABC):
         """
 
     @abstractmethod
-    def formed(self) -> Float[Tensor, "cluster agent *shape"]:
+    def formed(self) -> Float[Tensor, "agent cluster *shape"]:
         """All sums."""
 
     @abstractmethod
@@ -118,15 +123,14 @@ class ClusterSums(ABC):
         """
         agents, size = len(total), math.prod(self.shape)
         most = max(1, _BLOCK // (size * agents * self.like.element_size()))
-        block = self.like.new_empty(most, agents, *self.shape)
-        totals = total.to(block.dtype).reshape(agents, size).mT
+        room = self.like.new_empty(agents, most, *self.shape)
+        totals = total.to(room.dtype).reshape(1, agents, size).mT
         within, across = [], []
         for clusters in self.stretches(most):
-            sums = block[: clusters.stop - clusters.start]
-            self.form(clusters, sums)
-            rows = sums.reshape(len(sums), agents, size)
+            sums = self.form(clusters, room)
+            rows = sums.reshape(agents, -1, size).transpose(0, 1)
             within.append((rows @ rows.mT).double())
-            across.append((rows @ totals).double())
+            across.append(torch.bmm(rows, totals.expand(len(rows), -1, -1)).double())
         return torch.cat(within), torch.cat(across)
 
     @property
@@ -139,12 +143,28 @@ class FormedSums(ClusterSums):
     """The sums themselves.
 
     Attributes:
-        values: Tensor [cluster, agent, *shape].
+        values: Tensor [agent, cluster, *shape].
     """
 
-    def __init__(self, values: Float[Tensor, "cluster agent *shape"]) -> None:
+    def __init__(self, values: Float[Tensor, "agent cluster *shape"]) -> None:
         self.values = values
         self.shape = values.shape[2:]
+        self._begun: set[tuple[int, int]] = set()
+
+    @classmethod
+    def empty(cls, like: Tensor, agents: int, clusters: int, shape: torch.Size) -> "FormedSums":
+        """Room for sums, each of which is to be added to at least once.
+
+        Args:
+            like: A tensor of the same dtype and device.
+            agents: Number of agents.
+            clusters: Number of clusters.
+            shape: The parameter's shape.
+
+        Returns:
+            Sums without values yet.
+        """
+        return cls(like.new_empty(agents, clusters, *shape))
 
     @property
     def like(self) -> Tensor:
@@ -153,26 +173,33 @@ class FormedSums(ClusterSums):
 
     def add(self, gradient: PerSample, clusters: slice) -> None:
         """See `ClusterSums.add`."""
-        gradient.add_sums(self.values[clusters].transpose(0, 1))
+        key = (clusters.start, clusters.stop)
+        gradient.add_sums(self.values[:, clusters], fresh=key not in self._begun)
+        self._begun.add(key)
 
-    def form(self, clusters: slice, out: Float[Tensor, "cluster agent *shape"]) -> None:
+    def form(
+        self,
+        clusters: slice,
+        room: Float[Tensor, "agent room *shape"],  # noqa: ARG002
+    ) -> Float[Tensor, "agent cluster *shape"]:
         """See `ClusterSums.form`."""
-        out.copy_(self.values[clusters])
+        return self.values[:, clusters]
 
     def stretches(self, most: int) -> Iterator[slice]:
         """See `ClusterSums.stretches`."""
-        for start in range(0, len(self.values), most):
-            yield slice(start, min(start + most, len(self.values)))
+        count = self.values.shape[1]
+        for start in range(0, count, most):
+            yield slice(start, min(start + most, count))
 
-    def formed(self) -> Float[Tensor, "cluster agent *shape"]:
+    def formed(self) -> Float[Tensor, "agent cluster *shape"]:
         """See `ClusterSums.formed`."""
         return self.values
 
     def total(self) -> Float[Tensor, " agent *shape"]:
         """See `ClusterSums.total`."""
-        total = self.values.new_zeros(self.values.shape[1:], dtype=torch.float64)
-        for some in self.values.split(64):  # a float64 sum of all at once is ten times slower
-            total += some.sum(0)
+        total = self.values.new_zeros(len(self.values), *self.shape, dtype=torch.float64)
+        for some in self.values.split(64, dim=1):  # a float64 sum of all at once is far slower
+            total += some.sum(1)
         return total
 
 
@@ -201,23 +228,22 @@ class FactoredSums(ClusterSums):
         assert isinstance(gradient, Outer)
         self.pieces.setdefault((clusters.start, clusters.stop), []).append(gradient)
 
-    def form(self, clusters: slice, out: Float[Tensor, "cluster agent *shape"]) -> None:
+    def form(
+        self, clusters: slice, room: Float[Tensor, "agent room *shape"]
+    ) -> Float[Tensor, "agent cluster *shape"]:
         """See `ClusterSums.form`."""
-        matrices = out.view(-1, *self.shape)
-        started = False
-        for (start, stop), pieces in self.pieces.items():
-            if not (start <= clusters.start and clusters.stop <= stop):
-                continue
-            for piece in pieces:
-                a, d = (
-                    _of_clusters(factor, stop - start, clusters.start - start, len(out))
-                    for factor in (piece.inputs, piece.output_gradients)
-                )
-                if started:
-                    matrices.baddbmm_(d.mT, a)
-                else:
-                    torch.bmm(d.mT, a, out=matrices)
-                    started = True
+        sums = room[:, : clusters.stop - clusters.start]
+        ((start, stop),) = (
+            (start, stop)
+            for start, stop in self.pieces
+            if start <= clusters.start and clusters.stop <= stop
+        )
+        for number, piece in enumerate(self.pieces[start, stop]):
+            samples = piece.inputs.shape[1] // (stop - start)
+            some = slice((clusters.start - start) * samples, (clusters.stop - start) * samples)
+            part = Outer(piece.inputs[:, some], piece.output_gradients[:, some])
+            part.add_sums(sums, fresh=number == 0)
+        return sums
 
     def stretches(self, most: int) -> Iterator[slice]:
         """See `ClusterSums.stretches`."""
@@ -225,11 +251,11 @@ class FactoredSums(ClusterSums):
             for first in range(start, stop, most):
                 yield slice(first, min(first + most, stop))
 
-    def formed(self) -> Float[Tensor, "cluster agent *shape"]:
+    def formed(self) -> Float[Tensor, "agent cluster *shape"]:
         """See `ClusterSums.formed`."""
-        values = self._like.new_zeros(self.clusters, self._agents, *self.shape)
+        values = self._like.new_empty(self._agents, self.clusters, *self.shape)
         for clusters in self.stretches(self.clusters):
-            self.form(clusters, values[clusters])
+            self.form(clusters, values[:, clusters])
         return values
 
     def total(self) -> Float[Tensor, " agent *shape"]:
@@ -239,11 +265,3 @@ class FactoredSums(ClusterSums):
             for piece in pieces:
                 running.add(piece, piece.inputs.shape[1])
         return running.flush()
-
-
-def _of_clusters(
-    factor: Float[Tensor, "agent sample use size"], clusters: int, first: int, count: int
-) -> Float[Tensor, "matrix row size"]:
-    """A factor of some clusters' gradients, a matrix for each cluster and agent."""
-    by_cluster: Tensor = factor.unflatten(1, (clusters, -1))[:, first : first + count]
-    return by_cluster.flatten(2, 3).transpose(0, 1).flatten(0, 1)

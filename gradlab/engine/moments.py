@@ -188,11 +188,11 @@ class Moments:
         place = torch.searchsorted(copies, self.copies)
 
         def spread(ours: Tensor) -> Tensor:
-            empty = ours.new_zeros(len(copies), *ours.shape[1:])
-            return empty.index_copy_(0, place, ours)
+            empty = ours.new_zeros(len(ours), len(copies), *ours.shape[2:])
+            return empty.index_copy_(1, place, ours)
 
         return (
-            spread(self.copy_count.mT).mT,
+            spread(self.copy_count),
             {name: spread(sums.formed()) for name, sums in self.copy_sums.items()},
         )
 

@@ -38,8 +38,13 @@ class PerSample(ABC):
         """Sum over samples."""
 
     @abstractmethod
-    def add_sums(self, out: Float[Tensor, "agent cluster *shape"]) -> None:
-        """Add the sums over clusters of equally many successive samples to `out`, in place."""
+    def add_sums(self, out: Float[Tensor, "agent cluster *shape"], *, fresh: bool = False) -> None:
+        """Add sums over clusters of equally many successive samples, in place.
+
+        Args:
+            out: What to add to.
+            fresh: Whether to overwrite it instead.
+        """
 
     @abstractmethod
     def squared_norms(self) -> Float[Tensor, "agent sample"]:
@@ -78,9 +83,13 @@ class Rows(PerSample):
         """See `PerSample.sum`."""
         return self.values.sum(1)
 
-    def add_sums(self, out: Float[Tensor, "agent cluster *shape"]) -> None:
+    def add_sums(self, out: Float[Tensor, "agent cluster *shape"], *, fresh: bool = False) -> None:
         """See `PerSample.add_sums`."""
-        out += self.values.unflatten(1, (out.shape[1], -1)).sum(2)
+        sums = self.values.unflatten(1, (out.shape[1], -1)).sum(2)
+        if fresh:
+            out.copy_(sums)
+        else:
+            out += sums
 
     def squared_norms(self) -> Float[Tensor, "agent sample"]:
         """See `PerSample.squared_norms`."""
@@ -131,14 +140,17 @@ class Outer(PerSample):
         """See `PerSample.sum`."""
         return self.output_gradients.flatten(1, 2).mT @ self.inputs.flatten(1, 2)
 
-    def add_sums(self, out: Float[Tensor, "agent cluster *shape"]) -> None:
+    def add_sums(self, out: Float[Tensor, "agent cluster *shape"], *, fresh: bool = False) -> None:
         """See `PerSample.add_sums`."""
         a, d = (
             factor.unflatten(1, (out.shape[1], -1)).flatten(2, 3)
             for factor in (self.inputs, self.output_gradients)
         )
-        for agent, sums in enumerate(out):  # straight into what may be most of the memory
-            sums.baddbmm_(d[agent].mT, a[agent])
+        for agent, sums in enumerate(out):  # contiguous, so that one batched product fills it
+            if fresh:
+                torch.bmm(d[agent].mT, a[agent], out=sums)
+            else:
+                sums.baddbmm_(d[agent].mT, a[agent])
 
     def squared_norms(self) -> Float[Tensor, "agent sample"]:
         """See `PerSample.squared_norms`."""
@@ -195,14 +207,18 @@ class Lookup(PerSample):
         """See `PerSample.sum`."""
         return self._scatter(self.index.flatten(1), self.output_gradients.flatten(1, 2))
 
-    def add_sums(self, out: Float[Tensor, "agent cluster *shape"]) -> None:
+    def add_sums(self, out: Float[Tensor, "agent cluster *shape"], *, fresh: bool = False) -> None:
         """See `PerSample.add_sums`."""
         clusters = out.shape[1]
         index, d = (
             tensor.unflatten(1, (clusters, -1)).flatten(2, 3).flatten(0, 1)
             for tensor in (self.index, self.output_gradients)
         )
-        out += self._scatter(index, d).view_as(out)
+        sums = self._scatter(index, d).view_as(out)
+        if fresh:
+            out.copy_(sums)
+        else:
+            out += sums
 
     def squared_norms(self) -> Float[Tensor, "agent sample"]:
         """See `PerSample.squared_norms`."""

@@ -95,7 +95,9 @@ class Recorder(Rewrites):
     ) -> Any:  # noqa: ANN401
         """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
-        names = {self._names[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._names}
+        names = self._read(args)
+        if kwargs:
+            names += self._read(tuple(kwargs.values()))
         if not names or rewrite_of(func, args) is not None:
             return super().__torch_function__(func, types, args, kwargs)
         rule = _RULES.get(func)
@@ -105,8 +107,22 @@ class Recorder(Rewrites):
                 return output
         output = func(*args, **kwargs)
         if any(True for _ in _tensors(output)):  # else it only asked for a shape or the like
-            self.other |= names
+            self.other.update(names)
         return output
+
+    def _read(self, arguments: Sequence[Any]) -> list[str]:
+        """Names of the parameters among a function's arguments."""
+        found: list[str] = []
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                name = self._names.get(id(argument))
+                if name is not None:
+                    found.append(name)
+            elif isinstance(argument, tuple | list):
+                found += self._read(argument)
+            elif isinstance(argument, dict):
+                found += self._read(tuple(argument.values()))
+        return found
 
     def name_of(self, tensor: Tensor | None) -> str | None:
         """Name a parameter.
