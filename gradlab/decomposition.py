@@ -12,6 +12,7 @@ With agent i's policy parameters made by a generator, :math:`\theta_i = h_\psi(i
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +25,7 @@ from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, Surrogate, Theta, batch_axes, masked
 from gradlab.engine.per_sample import PerSample, Rows
 from gradlab.engine.plan import Engine, gradients, plan_for
-from gradlab.factorisation import OBSERVATION, factorise
+from gradlab.factorisation import OBSERVATION, factorise, reads_observation
 from gradlab.parameters import ParameterLayout, owning_module
 
 
@@ -114,7 +115,8 @@ def decompose(
     context: Mapping[str, Tensor] | None = None,
     copy: Int[Tensor, " sample"] | None = None,
     coordinates: bool = False,
-    check: bool = True,
+    check: int | None = None,
+    precise: nn.Module | None = None,
     engine: Engine = "auto",
     budget: int = DEFAULT_BUDGET,
 ) -> Decomposition:
@@ -137,7 +139,11 @@ def decompose(
         copy: The environment copy that each sample comes from; if given, the moments tell the
             copies apart.
         coordinates: Whether the moments hold sums of squared coordinates.
-        check: Whether to compute the residual, which costs an ordinary gradient of the batch.
+        check: On how many samples of each agent, the first ones, to compute the residual; by
+            default on all, which costs an ordinary gradient of the batch; 0 leaves it out.
+        precise: The generator in float64. If given, J_i is applied and the residual is computed in
+            float64: near convergence agents' gradients cancel, and in float32 the residual would
+            measure that instead of the decomposition.
         engine: As for `gradient_moments`.
         budget: As for `gradient_moments`.
 
@@ -148,51 +154,75 @@ def decompose(
         UsageError: If the batch's leading axes differ, or the surrogate's gradient cannot be taken
             per sample.
     """
-    agents, _ = batch_axes(batch)
-    part = Part(batch=batch, context=context or {}, mask=mask)
-    if getattr(generator, "reads_observation", False):
-        parts = factorise(
-            generator,
-            surrogate,
-            batch,
-            mask=mask,
-            context=context,
-            copy=copy,
-            coordinates=coordinates,
-            budget=budget,
-        )
-        of_psi = parts.psi_layout.unflatten(parts.g)
-        decomposition = Decomposition(
-            moments=parts.moments,
-            contributions={name: Rows(g[None]) for name, g in of_psi.items()},
-            factorisation_gap=parts.gap,
-            residual=float("nan"),
-            theta_layout=parts.moments.layout,
-            psi_layout=parts.psi_layout,
-        )
-        return _checked(decomposition, generator, surrogate, part) if check else decomposition
-    theta = policy_parameters(generator, agents)
-    moments = gradient_moments(
-        surrogate,
-        theta,
-        batch,
-        mask=mask,
-        context=context,
-        copy=copy,
-        coordinates=coordinates,
-        engine=engine,
-        budget=budget,
-    )
+    agents, samples = batch_axes(batch)
+    few = samples if check is None else min(check, samples)
+    whole = Part(batch=batch, context=context or {}, mask=mask)
     psi = {n: p.detach() for n, p in generator.named_parameters() if p.requires_grad}
-    decomposition = Decomposition(
-        moments=moments,
-        contributions=contributions(generator, moments.layout.unflatten(moments.mean)),
-        factorisation_gap=0.0,
-        residual=float("nan"),
-        theta_layout=moments.layout,
-        psi_layout=ParameterLayout.of(psi, layer_of=getattr(generator, "layer_of", owning_module)),
+    layout = ParameterLayout.of(psi, layer_of=getattr(generator, "layer_of", owning_module))
+    settings: dict[str, Any] = {"copy": copy, "coordinates": coordinates, "budget": budget}
+    if not reads_observation(generator):
+        settings["engine"] = engine
+    last = precise or generator
+    first = whole if few == samples and precise is None else _first(whole, few, last)
+    sides = [_take_apart(generator, surrogate, whole, layout, settings)]
+    if few and first is not whole:
+        sides.append(_take_apart(last, surrogate, first, layout, {}))
+    if sides[0].pulled is None:
+        # One backward pass for both: its cost is that of its many small operations.
+        means = [side.moments.layout.unflatten(side.moments.mean) for side in sides]
+        stacked = {n: torch.cat([z[n] for z in means]) for n in means[0]}
+        both = contributions(last, stacked, agents)
+        for number, side in enumerate(sides):
+            of_side = slice(number * agents, (number + 1) * agents)
+            side.pulled = {name: part.some(of_side) for name, part in both.items()}
+    residual = float("nan")
+    if few:
+        residual = _residual(sides[-1].pulled or {}, last, surrogate, first)
+    return Decomposition(
+        moments=sides[0].moments,
+        contributions=sides[0].pulled or {},
+        factorisation_gap=sides[0].gap,
+        residual=residual,
+        theta_layout=sides[0].moments.layout,
+        psi_layout=layout,
     )
-    return _checked(decomposition, generator, surrogate, part) if check else decomposition
+
+
+@dataclass
+class _Side:
+    """What one batch says: moments in theta-space, and (later) what J_i^T makes of their means."""
+
+    moments: Moments
+    pulled: dict[str, PerSample] | None
+    gap: float
+
+
+def _take_apart(
+    generator: nn.Module,
+    surrogate: Surrogate,
+    part: Part,
+    psi_layout: ParameterLayout,
+    settings: Mapping[str, Any],
+) -> _Side:
+    what = {"mask": part.mask, "context": part.context, **settings}
+    if reads_observation(generator):
+        parts = factorise(generator, surrogate, part.batch, **what)
+        of_psi = psi_layout.unflatten(parts.g)
+        pulled: dict[str, PerSample] = {name: Rows(g[None]) for name, g in of_psi.items()}
+        return _Side(parts.moments, pulled, parts.gap)
+    theta = policy_parameters(generator, part.sizes[0])
+    return _Side(gradient_moments(surrogate, theta, part.batch, **what), None, 0.0)
+
+
+def _first(part: Part, samples: int, generator: nn.Module) -> Part:
+    """The first samples of every agent, in a generator's precision."""
+    dtype = next(generator.parameters()).dtype
+
+    def precise(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+    part = part.span(0, samples)
+    return replace(part, batch=precise(part.batch), context=precise(part.context))
 
 
 def policy_parameters(generator: nn.Module, agents: int) -> Theta:
@@ -205,7 +235,7 @@ def policy_parameters(generator: nn.Module, agents: int) -> Theta:
     Returns:
         Tensors by name, [agent, ...], or [1, ...] where the agents share one.
     """
-    if getattr(generator, "reads_observation", False):
+    if reads_observation(generator):
         raise UsageError(
             "`generator` must not read the observation here: it has other parameters, and another "
             "J_i, for each sample. Use gradlab.factorise."
@@ -215,7 +245,9 @@ def policy_parameters(generator: nn.Module, agents: int) -> Theta:
     return {name: tensor.detach() for name, tensor in theta.items()}
 
 
-def contributions(generator: nn.Module, z: Theta) -> dict[str, PerSample]:
+def contributions(
+    generator: nn.Module, z: Theta, agents: int | None = None
+) -> dict[str, PerSample]:
     r"""Apply every agent's :math:`J_i^\top`, as the gradient of :math:`\theta_i \cdot Z_i`.
 
     The engine sees a generator as one network whose samples are the agents: what a hypernetwork's
@@ -224,16 +256,18 @@ def contributions(generator: nn.Module, z: Theta) -> dict[str, PerSample]:
 
     Args:
         generator: As for `decompose`.
-        z: Tensors [agent, ...] by name.
+        z: Tensors [agent, ...] by name; or several of these, one after the other.
+        agents: Number of agents, if there are several.
 
     Returns:
-        The products by trained parameter; of one "agent", whose samples are the agents.
+        The products by trained parameter; of one "agent", whose samples are the rows of `z`.
     """
     psi = {n: p.detach()[None] for n, p in generator.named_parameters() if p.requires_grad}
     dtype = next(iter(psi.values())).dtype
-    agents = len(next(iter(z.values())))
     batch = {f"z/{name}": tensor.to(dtype)[None] for name, tensor in z.items()}
-    part = Part(batch=batch | {"agent": _numbers(generator, agents)[None]})
+    rows = len(next(iter(z.values())))
+    numbers = _numbers(generator, agents or rows).repeat(rows // (agents or rows))
+    part = Part(batch=batch | {"agent": numbers[None]})
 
     def product(psi: Theta, sample: dict[str, Tensor]) -> Tensor:
         theta: Theta = functional_call(generator, psi, (sample["agent"][None],))
@@ -249,10 +283,10 @@ def _numbers(generator: nn.Module, agents: int) -> Int[Tensor, " agent"]:
     return torch.arange(agents, device=next((p.device for p in generator.parameters()), None))
 
 
-def _checked(
-    decomposition: Decomposition, generator: nn.Module, surrogate: Surrogate, part: Part
-) -> Decomposition:
-    """Add the residual: the same gradient by one ordinary backward pass, nothing taken apart."""
+def _residual(
+    pulled: Mapping[str, PerSample], generator: nn.Module, surrogate: Surrogate, part: Part
+) -> float:
+    """Compare the parts' sum with one ordinary backward pass, nothing taken apart."""
     psi = {
         name: p.detach().requires_grad_()
         for name, p in generator.named_parameters()
@@ -261,7 +295,7 @@ def _checked(
     agents, samples = part.sizes
     numbers = _numbers(generator, agents)
     weights = 1 / part.counts().clamp(min=1).to(next(iter(psi.values())).dtype)
-    per_sample = getattr(generator, "reads_observation", False)
+    per_sample = reads_observation(generator)
 
     def loss(theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor]) -> Tensor:
         return surrogate(theta, {**sample, **context})
@@ -285,13 +319,11 @@ def _checked(
         )
         total = (masked(losses, part.mask).sum(1) * weights[:, 0]).sum()
         plain = torch.autograd.grad(total, list(psi.values()), materialize_grads=True)
-    layout = decomposition.psi_layout
-    ours = layout.unflatten(decomposition.total)
-    squares = [
-        ((ours[name] - reference).square().sum(), reference.square().sum())
-        for name, reference in zip(psi, plain, strict=True)
-    ]
-    difference, scale = (
-        torch.stack(part).sum().sqrt().item() for part in zip(*squares, strict=True)
-    )
-    return replace(decomposition, residual=difference / scale if scale > 0 else difference)
+    differences, sizes = [], []
+    for name, reference in zip(psi, plain, strict=True):
+        sizes.append(torch.linalg.vector_norm(reference))
+        if name in pulled:
+            reference.sub_(pulled[name].sum()[0])
+        differences.append(torch.linalg.vector_norm(reference))
+    difference, scale = (float(torch.stack(norms).norm()) for norms in (differences, sizes))
+    return difference / scale if scale > 0 else difference

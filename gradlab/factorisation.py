@@ -143,12 +143,24 @@ def factorise(
     )
 
 
+def reads_observation(generator: nn.Module) -> bool:
+    """Whether a generator makes other parameters for every sample.
+
+    Args:
+        generator: As for `factorise`.
+
+    Returns:
+        Its attribute `reads_observation`, false if it has none.
+    """
+    return bool(getattr(generator, "reads_observation", False))
+
+
 class _Generate:
     """One sample's policy parameters."""
 
     def __init__(self, generator: nn.Module) -> None:
         self.generator = generator
-        self.reads_observation = bool(getattr(generator, "reads_observation", False))
+        self.reads_observation = reads_observation(generator)
 
     def __call__(self, psi: Theta, sample: Mapping[str, Tensor]) -> Theta:
         arguments = [sample[_AGENT][None]]

@@ -52,7 +52,7 @@ class Probe:
         self.networks = dict(networks)
         self.level = level
         self.engines: dict[str, dict[str, str]] = {}
-        self._checks = {name: ResidualCheck(network) for name, network in networks.items()}
+        self._copies = {name: PreciseCopy(network.generator) for name, network in networks.items()}
 
     def diagnose(self, batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Quantity]:
         """Diagnose every network on its batch.
@@ -69,7 +69,17 @@ class Probe:
         found: dict[str, dict[str, Quantity]] = {}
         embeddings: dict[str, Quantity] = {}
         for name, network in self.networks.items():
-            parts = decompose(network.generator, network.surrogate, batches[name], check=False)
+            precise = self._copies[name].refreshed()
+            if self.level == "light":
+                parts = decompose(precise, network.surrogate, in_float64(batches[name]))
+            else:
+                parts = decompose(
+                    network.generator,
+                    network.surrogate,
+                    batches[name],
+                    check=CHECKED_SAMPLES,
+                    precise=precise,
+                )
             found[name] = measure_interference(parts)
             del found[name]["inner_product"]  # the cosines and norms say it
             if self.level == "full":
@@ -77,7 +87,9 @@ class Probe:
             found[name]["factorisation_gap"] = Quantity.scalar(
                 parts.factorisation_gap, "1", "|E[J^T z] - E[J]^T E[z]| / |E[J^T z]|"
             )
-            found[name]["residual"] = self._checks[name].residual(batches[name])
+            found[name]["residual"] = Quantity.scalar(
+                parts.residual, "1", "|sum_i J_i^T Z_i - autograd| / |autograd|, in float64"
+            )
             found[name]["samples"] = Quantity(
                 values=parts.moments.count.cpu().numpy(),
                 dims=("agent",),
@@ -92,44 +104,38 @@ class Probe:
         return join(found, axis="network", union="layer") | embeddings
 
 
-class ResidualCheck:
-    """Compares the parts of a network's gradient, added up, with plain autograd's.
+class PreciseCopy:
+    """A module's copy in float64, kept so that it need not be made anew for every diagnosis."""
 
-    In float64, on a copy and on a few samples: near convergence agents' gradients cancel, and in
-    float32 the relative difference would measure that instead of the decomposition.
-    """
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
         self._copy: nn.Module | None = None
 
-    def residual(self, batch: Mapping[str, Tensor]) -> Quantity:
-        """Decompose the first samples again, and compare.
-
-        Args:
-            batch: Tensors [agent, sample, ...] by name.
+    def refreshed(self) -> nn.Module:
+        """Copy the module's present parameters and buffers.
 
         Returns:
-            The residual of `decompose`, a labelled scalar.
+            The copy.
         """
-        generator = self._network.generator
         if self._copy is None:
-            self._copy = copy.deepcopy(generator).double()
+            self._copy = copy.deepcopy(self._module).double()
+        ours, theirs = ([*m.parameters(), *m.buffers()] for m in (self._copy, self._module))
         with torch.no_grad():
-            ours, theirs = (
-                [*module.parameters(), *module.buffers()] for module in (self._copy, generator)
-            )
             for to, tensor in zip(ours, theirs, strict=True):
                 to.copy_(tensor)
-        few = {
-            name: part.double() if part.is_floating_point() else part
-            for name, tensor in batch.items()
-            for part in [tensor[:, :CHECKED_SAMPLES]]
-        }
-        value = decompose(self._copy, self._network.surrogate, few).residual
-        samples = min(CHECKED_SAMPLES, next(iter(batch.values())).shape[1])
-        formula = "|sum_i J_i^T Z_i - autograd| / |autograd|"
-        return Quantity.scalar(value, "1", f"{formula}, float64, {samples} samples per agent")
+        return self._copy
+
+
+def in_float64(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert what is not a whole number.
+
+    Args:
+        batch: Tensors by name.
+
+    Returns:
+        Tensors of the same shapes.
+    """
+    return {n: t.double() if t.is_floating_point() else t for n, t in batch.items()}
 
 
 def embedding_of(generator: nn.Module) -> Quantity | None:

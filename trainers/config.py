@@ -80,7 +80,14 @@ class TrainConfig(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of everything random")
     threads: PositiveInt = Field(1, description="torch threads; more is often slower here")
     diagnostics: Literal["off", "light", "full"] = Field(
-        "full", description="light: conflict and norms; full: gradient variance as well"
+        "full",
+        description="light: the actors' conflict and norms; full: gradient variance as well, and "
+        "the critics'",
+    )
+    diagnosed_samples: PositiveInt | None = Field(
+        None,
+        description="diagnose at most this many samples of each agent: whole time steps, spread "
+        "over the rollout (default: 1024 for full, 256 for light)",
     )
     every: PositiveInt = Field(10, description="diagnose every this many updates")
     ppo: PPOConfig = Field(default_factory=PPOConfig)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradlab.probe import Network, Probe
+from gradlab.probe import Level, Network, Probe
 from gradlab.quantity import Quantity
 from gradlab.run_writer import RunWriter
 from trainers.checkpoints import Checkpoint, Saver
@@ -26,8 +26,13 @@ from trainers.rollout import Collector, Rollout
 Progress = Callable[[int, float], None]
 """Called after each update with frames done and the last mean episode return."""
 
-_ACTOR = ("observation", "action", "log_prob", "advantage")
-_CRITIC = ("observation", "value", "target")
+_READ = {
+    "actor": ("observation", "action", "log_prob", "advantage"),
+    "critic": ("observation", "value", "target"),
+}
+
+DIAGNOSED_SAMPLES: dict[Level, int] = {"off": 1, "light": 256, "full": 1024}
+"""Samples of each agent that a diagnosis looks at by default."""
 
 
 class Trainer:
@@ -75,13 +80,10 @@ class Trainer:
         self._saver = Saver()
         self.policy_loss = policy_loss(self.policy, config.ppo)
         self.value_loss = value_loss(self.value, config.ppo)
-        self.probe = Probe(
-            {
-                "actor": Network(generator=self.actor, surrogate=self.policy_loss),
-                "critic": Network(generator=self.critic, surrogate=self.value_loss),
-            },
-            config.diagnostics,
-        )
+        networks = {"actor": Network(generator=self.actor, surrogate=self.policy_loss)}
+        if config.diagnostics == "full":
+            networks["critic"] = Network(generator=self.critic, surrogate=self.value_loss)
+        self.probe = Probe(networks, config.diagnostics)
 
     @property
     def frames_done(self) -> int:
@@ -201,10 +203,17 @@ class Trainer:
             )
 
     def _diagnose(self, rollout: Rollout) -> dict[str, Quantity]:
+        config = self.config
+        most = config.diagnosed_samples or DIAGNOSED_SAMPLES[config.diagnostics]
+        steps = spread(config.steps, max(1, most // config.copies))
         samples = rollout.samples | {"advantage": normalise(rollout.samples["advantage"])}
         return self.probe.diagnose({
-            "actor": {name: samples[name] for name in _ACTOR},
-            "critic": {name: samples[name] for name in _CRITIC},
+            network: {
+                name: samples[name].unflatten(1, (config.steps, -1))[:, steps].flatten(1, 2)
+                for name in names
+            }
+            for network, names in _READ.items()
+            if network in self.probe.networks
         })
 
     def _update(self, samples: dict[str, Tensor]) -> dict[str, float]:
@@ -263,6 +272,20 @@ def fixed_parameters(generator: Generator) -> Callable[[Tensor], Theta]:
         return generator.policy_for
     theta = generator.all_agents()
     return lambda _: theta
+
+
+def spread(total: int, most: int) -> Tensor:
+    """Choose time steps as evenly as can be.
+
+    Args:
+        total: Number of steps.
+        most: How many to choose at most.
+
+    Returns:
+        Numbers of the chosen steps, ascending.
+    """
+    chosen = min(total, most)
+    return torch.arange(chosen) * total // chosen
 
 
 def _mean(values: list[float] | list[int]) -> float:

@@ -241,8 +241,7 @@ class FactoredSums(ClusterSums):
         for number, piece in enumerate(self.pieces[start, stop]):
             samples = piece.inputs.shape[1] // (stop - start)
             some = slice((clusters.start - start) * samples, (clusters.stop - start) * samples)
-            part = Outer(piece.inputs[:, some], piece.output_gradients[:, some])
-            part.add_sums(sums, fresh=number == 0)
+            piece.some(some).add_sums(sums, fresh=number == 0)
         return sums
 
     def stretches(self, most: int) -> Iterator[slice]:

@@ -30,6 +30,17 @@ class PerSample(ABC):
         """Bytes that are kept."""
 
     @abstractmethod
+    def some(self, samples: slice) -> "PerSample":
+        """The gradients of a stretch of every agent's samples.
+
+        Args:
+            samples: Which samples.
+
+        Returns:
+            Gradients that share these ones' memory.
+        """
+
+    @abstractmethod
     def rows(self) -> Float[Tensor, "agent sample *shape"]:
         """Form the gradients."""
 
@@ -74,6 +85,10 @@ class Rows(PerSample):
     def nbytes(self) -> int:
         """See `PerSample.nbytes`."""
         return _bytes(self.values)
+
+    def some(self, samples: slice) -> "Rows":
+        """See `PerSample.some`."""
+        return Rows(self.values[:, samples])
 
     def rows(self) -> Float[Tensor, "agent sample *shape"]:
         """See `PerSample.rows`."""
@@ -131,6 +146,10 @@ class Outer(PerSample):
     def nbytes(self) -> int:
         """See `PerSample.nbytes`."""
         return _bytes(self.inputs) + _bytes(self.output_gradients)
+
+    def some(self, samples: slice) -> "Outer":
+        """See `PerSample.some`."""
+        return Outer(self.inputs[:, samples], self.output_gradients[:, samples])
 
     def rows(self) -> Float[Tensor, "agent sample *shape"]:
         """See `PerSample.rows`."""
@@ -196,6 +215,10 @@ class Lookup(PerSample):
     def nbytes(self) -> int:
         """See `PerSample.nbytes`."""
         return _bytes(self.index) + _bytes(self.output_gradients)
+
+    def some(self, samples: slice) -> "Lookup":
+        """See `PerSample.some`."""
+        return Lookup(self.index[:, samples], self.output_gradients[:, samples], self.shape)
 
     def rows(self) -> Float[Tensor, "agent sample *shape"]:
         """See `PerSample.rows`."""
