@@ -197,7 +197,7 @@ class _Sums:
     def moments(self) -> Moments:
         """What was added up."""
         if self.index is None:
-            sums = {name: running.flush() for name, running in self.sum.items()}
+            sums = {name: running.total() for name, running in self.sum.items()}
         else:
             nothing = self.like.new_zeros(())
             for name, shape in self.layout.shapes.items():

@@ -23,15 +23,12 @@ EXACT = 4096
 
 
 class RunningSum:
-    """A sum as exact as float64 over any number of samples, at a matrix product's cost.
-
-    Attributes:
-        total: What was added up to the last flush, [agent, *shape] in float64.
-    """
+    """A sum as exact as float64 over any number of samples, at a matrix product's cost."""
 
     def __init__(self, like: Tensor, agents: int, shape: torch.Size) -> None:
-        self.total = like.new_zeros(agents, *shape, dtype=torch.float64)
-        self._recent = like.new_zeros(agents, *shape)
+        self._like, self._agents, self._shape = like, agents, shape
+        self._total: Tensor | None = None
+        self._recent: Tensor | None = None
         self._added = 0
 
     def add(self, gradient: PerSample, samples: int) -> None:
@@ -42,21 +39,22 @@ class RunningSum:
             samples: How many samples of each agent they are.
         """
         if self._added + samples > EXACT:
-            self.flush()
-        gradient.add_sums(self._recent[:, None])
+            self.total()
+        if self._recent is None:
+            self._recent = gradient.sum()
+        else:
+            gradient.add_sums(self._recent[:, None])
         self._added += samples
 
-    def flush(self) -> Float[Tensor, " agent *shape"]:
-        """Bring the total up to date.
-
-        Returns:
-            The total.
-        """
-        if self._added:
-            self.total += self._recent
-            self._recent.zero_()
-            self._added = 0
-        return self.total
+    def total(self) -> Float[Tensor, " agent *shape"]:
+        """What was added up so far, in float64."""
+        if self._recent is not None:
+            recent = self._recent.double()
+            self._total = recent if self._total is None else self._total.add_(recent)
+            self._recent, self._added = None, 0
+        if self._total is None:
+            return self._like.new_zeros(self._agents, *self._shape, dtype=torch.float64)
+        return self._total
 
 
 class ClusterSums(ABC):
@@ -263,4 +261,4 @@ class FactoredSums(ClusterSums):
         for pieces in self.pieces.values():
             for piece in pieces:
                 running.add(piece, piece.inputs.shape[1])
-        return running.flush()
+        return running.total()

@@ -34,6 +34,7 @@ class Use:
         bias: The same for the bias's place.
         inputs: What the layer read, [agent, sample, *use, in]; for a lookup the rows' numbers
             [agent, sample, *use].
+        version: How often their memory had been written when they were read.
         output: What it returned, as a place in the loss's graph: the tensor itself may since have
             been written over.
         place: Where agents and samples stand in what it returned.
@@ -43,6 +44,7 @@ class Use:
     weight: str | None
     bias: str | None
     inputs: Tensor
+    version: int
     output: GradientEdge
     place: _Place
 
@@ -75,6 +77,7 @@ class Recorder(Rewrites):
         self._sizes = (agents, samples)
         self._names: dict[int, str] = {}
         self._zero: Tensor = torch.empty(0)
+        self._inner, self._outer = -1, -1  # levels of the samples' and the agents' `vmap`
 
     def watch(self, parameters: Mapping[str, Tensor], zero: Tensor) -> None:
         """Name the tensors to look out for, as they appear inside both `vmap`.
@@ -85,6 +88,8 @@ class Recorder(Rewrites):
         """
         self._names = {id(tensor): name for name, tensor in parameters.items()}
         self._zero = zero
+        self._inner = _functorch.maybe_get_level(zero)
+        self._outer = _functorch.maybe_get_level(_functorch.get_unwrapped(zero))
 
     def __torch_function__(
         self,
@@ -157,10 +162,12 @@ class Recorder(Rewrites):
         """
         if self.name_of(inputs) is not None:
             return None
-        if not self.is_per_sample(output):
+        written = self._below(output)
+        if written is not None and None in written[1]:
             # Equal for all samples (or agents): its gradient would come summed over them.
             output = output + self._zero
-        written, read = self._below(output), self._below(inputs)
+            written = self._below(output)
+        read = self._below(inputs)
         if written is None or read is None or not written[0].requires_grad:
             return None
         self.uses.append(
@@ -169,6 +176,7 @@ class Recorder(Rewrites):
                 weight=self.name_of(weight),
                 bias=self.name_of(bias),
                 inputs=_arranged(read[0].detach(), read[1], *self._sizes),
+                version=read[0]._version,
                 output=get_gradient_edge(written[0]),
                 place=written[1],
             )
@@ -177,30 +185,27 @@ class Recorder(Rewrites):
 
     def _below(self, tensor: Tensor) -> tuple[Tensor, _Place] | None:
         """The tensor below both `vmap`; None if yet another transform is at work."""
-        place: list[int | None] = []
-        inner = _functorch.maybe_get_level(self._zero)
-        outer = _functorch.maybe_get_level(_functorch.get_unwrapped(self._zero))
-        for level in (inner, outer):
-            at_level = (
-                _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) == level
-            )
-            place.insert(0, _functorch.maybe_get_bdim(tensor) if at_level else None)
-            tensor = _functorch.get_unwrapped(tensor) if at_level else tensor
+        places: list[int | None] = [None, None]
+        for number, level in ((1, self._inner), (0, self._outer)):
+            if _functorch.maybe_get_level(tensor) == level:
+                places[number] = _functorch.maybe_get_bdim(tensor)
+                tensor = _functorch.get_unwrapped(tensor)
         if _functorch.is_functorch_wrapped_tensor(tensor):
             return None
-        return tensor, (place[0], place[1])
+        return tensor, (places[0], places[1])
 
 
 def _arranged(tensor: Tensor, place: _Place, agents: int, samples: int) -> Tensor:
+    if place == (0, 0):
+        return tensor
     agent, sample = place
-    tensor = (
-        tensor.movedim(agent, 0)
-        if agent is not None
-        else tensor[None].expand(agents, *tensor.shape)
-    )
-    if sample is not None:  # counted without the agents' axis
-        return tensor.movedim(sample + 1, 1)
-    return tensor[:, None].expand(agents, samples, *tensor.shape[1:])
+    if agent is None:
+        tensor = tensor[None].expand(agents, *tensor.shape)
+    elif agent != 0:
+        tensor = tensor.movedim(agent, 0)
+    if sample is None:
+        return tensor[:, None].expand(agents, samples, *tensor.shape[1:])
+    return tensor.movedim(sample + 1, 1)  # counted without the agents' axis
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:  # noqa: ANN401

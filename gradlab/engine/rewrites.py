@@ -168,7 +168,7 @@ def rewrite_of(func: Callable[..., Any], args: Sequence[object]) -> Callable[...
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
     rows = torch.index_select(tensor, 0, index.flatten())
-    return rows.view(*index.shape, *tensor.shape[1:])
+    return rows.view((*index.shape, *tensor.shape[1:]))
 
 
 _REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from gradlab.checks import UsageError
 from gradlab.engine.part import (
     Part,
     Surrogate,
@@ -62,7 +63,6 @@ def structured_gradients(
     agents, samples = part.sizes
     axes = agent_axes(theta, agents)
     leaves: Theta = {}
-    sample_axes: dict[str, int | None] = {}
     for name, tensor in without_agent_axis(theta, axes).items():
         own = axes[name] == 0
         leaf = tensor
@@ -70,21 +70,23 @@ def structured_gradients(
             leaf = tensor[:, None] if own else tensor[None, None]
             leaf = leaf.expand(agents, samples, *tensor.shape[1 if own else 0 :])
         leaves[name] = leaf.detach().requires_grad_()
-        sample_axes[name] = 0 if name in formed else None
     axes |= dict.fromkeys(formed, 0)
     recorder = Recorder(agents, samples)
+    held = {**part.batch, **part.context}
 
-    def watched(
-        theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor], zero: Tensor
-    ) -> Tensor:
+    def watched(zero: Tensor, *tensors: Tensor) -> Tensor:  # flat: `vmap` walks its arguments
+        theta = dict(zip(leaves, tensors, strict=False))
         recorder.watch({n: t for n, t in theta.items() if n not in formed}, zero)
-        return checked_loss(surrogate, dict(theta), {**sample, **context}, recorder)
+        sample = dict(zip(held, tensors[len(leaves) :], strict=True))
+        return checked_loss(surrogate, theta, sample, recorder)
 
-    over_samples = vmap(watched, in_dims=(sample_axes, 0, None, 0))
-    over_agents = vmap(over_samples, in_dims=(axes, 0, 0, 0))
+    of_samples = (0 if name in formed else None for name in leaves)
+    of_held = (0 if name in part.batch and name not in part.context else None for name in held)
+    over_samples = vmap(watched, in_dims=(0, *of_samples, *of_held))
+    over_agents = vmap(over_samples, in_dims=(0, *axes.values(), *[0] * len(held)))
     zero = next(iter(leaves.values())).new_zeros(agents, samples)
     with torch.enable_grad(), explained():
-        losses = over_agents(leaves, dict(part.batch), dict(part.context), zero)
+        losses = over_agents(zero, *leaves.values(), *held.values())
         _refuse_others(recorder)
         wanted: list[Any] = [leaves[name] for name in formed]
         wanted += [use.output for use in recorder.uses]
@@ -120,6 +122,11 @@ def _refuse_others(recorder: Recorder) -> None:
             roles[use.weight].add((use.kind, False))
         if use.bias is not None:
             roles[use.bias].add(("", True))
+    if any(use.inputs._version != use.version for use in recorder.uses):
+        raise UsageError(
+            "`surrogate` must not write in place. What a layer had read was written over before "
+            "the gradient was taken; use the out-of-place form, e.g. `x = x + y` for `x += y`."
+        )
     names = recorder.other | {name for name, found in roles.items() if len(found) > 1}
     if names:
         raise Unstructured(names)

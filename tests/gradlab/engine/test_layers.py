@@ -51,6 +51,10 @@ def gru_with_state(m, x):
     return m.head(m.gru(x, torch.full((2, 4), 0.1, dtype=x.dtype))[0])
 
 
+def picked(m, x):
+    return m.a(x).log_softmax(-1)[(x[0] > 0).long()]
+
+
 def twice(m, x):
     return m.a(torch.tanh(m.a(x)))
 
@@ -96,6 +100,13 @@ def added_in_place(m, x):
     return y * y
 
 
+def written_over(m, x):
+    y = m.a(x)
+    z = m.b(y)
+    y.mul_(2)
+    return z.sum() + y.sum()
+
+
 TIME = (3, 6)
 NETS = {
     "linear": (lambda: Net(lambda m, x: m.a(x), a=nn.Linear(6, 3)), (6,)),
@@ -107,6 +118,7 @@ NETS = {
     ),
     "long time": (lambda: Net(lambda m, x: m.a(x).sin(), a=nn.Linear(6, 4)), (40, 6)),
     "two axes": (lambda: Net(lambda m, x: m.a(x).sin(), a=nn.Linear(6, 4)), (2, 3, 6)),
+    "number as index": (lambda: Net(picked, a=nn.Linear(6, 3)), (6,)),
     "twice": (lambda: Net(twice, a=nn.Linear(6, 6)), (6,)),
     "shared output": (lambda: Net(shared_output, a=nn.Linear(6, 4), b=nn.Linear(4, 2)), (6,)),
     "in place": (lambda: Net(added_in_place, a=nn.Linear(6, 4)), (6,)),
@@ -305,6 +317,10 @@ BAD = {
     ),
     "in place": (
         lambda: Net(lambda m, x: torch.zeros(3, dtype=x.dtype).add_(m.a(x)), a=nn.Linear(6, 3)),
+        "must not write in place",
+    ),
+    "input written over": (
+        lambda: Net(written_over, a=nn.Linear(6, 3), b=nn.Linear(3, 2)),
         "must not write in place",
     ),
     "bidirectional": (
