@@ -44,6 +44,16 @@ class Factorisation:
     psi_layout: ParameterLayout
 
     @property
+    def z(self) -> Float[Tensor, "agent theta"]:
+        """E_t[z_t] of each agent."""
+        return self.moments.mean
+
+    @property
+    def theta_layout(self) -> ParameterLayout:
+        """Names, shapes and layers of the policy parameters."""
+        return self.moments.layout
+
+    @property
     def gap(self) -> float:
         r"""|sum_i (g_i - factored_i)| / |sum_i g_i|; 0 if the gradient factors."""
         return _ratio((self.g - self.factored).sum(0), self.g.sum(0)).item()
@@ -187,6 +197,7 @@ def _of_theta(both: Moments, shapes: Mapping[str, torch.Size]) -> Moments:
         sum=both.sum[:, both.layout.size - layout.size :],
         squared_norm=both.squared_norm[:, columns],
         non_finite=both.non_finite[:, columns],
+        first_non_finite=both.first_non_finite[:, columns],
         square=None if both.square is None else both.square[:, both.layout.size - layout.size :],
         copy_sums=both.copy_sums and {n: both.copy_sums[_OFFSET + n] for n in shapes},
     )

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradlab.decomposition import decompose
+from gradlab.engine.moments import Moments
 from gradlab.engine.part import Surrogate
 from gradlab.metrics.interference import measure_interference
 from gradlab.metrics.variance import measure_variance
@@ -46,12 +47,14 @@ class Probe:
             well; "off": nothing.
         engines: For each network and parameter the engine that took its gradients; empty before
             the first diagnosis.
+        findings: What is wrong with the last diagnosis's gradients, a sentence each.
     """
 
     def __init__(self, networks: Mapping[str, Network], level: Level) -> None:
         self.networks = dict(networks)
         self.level = level
         self.engines: dict[str, dict[str, str]] = {}
+        self.findings: list[str] = []
         self._copies = {name: PreciseCopy(network.generator) for name, network in networks.items()}
 
     def diagnose(self, batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Quantity]:
@@ -64,6 +67,7 @@ class Probe:
             Quantities by name with a leading `network` axis, NaN for a layer that a network lacks;
             and `embedding_<network>` over (agent, feature) for generators with a `representation`.
         """
+        self.findings = []
         if self.level == "off":
             return {}
         found: dict[str, dict[str, Quantity]] = {}
@@ -90,6 +94,13 @@ class Probe:
             found[name]["residual"] = Quantity.scalar(
                 parts.residual, "1", "|sum_i J_i^T Z_i - autograd| / |autograd|, in float64"
             )
+            found[name]["non_finite"] = Quantity(
+                values=parts.moments.non_finite.mT.cpu().numpy(),
+                dims=("layer", "agent"),
+                coords={"layer": list(parts.theta_layout.layers), "agent": range(parts.agents)},
+                unit="samples",
+                estimator="samples whose gradient is not finite",
+            )
             found[name]["samples"] = Quantity(
                 values=parts.moments.count.cpu().numpy(),
                 dims=("agent",),
@@ -98,10 +109,41 @@ class Probe:
                 estimator="diagnosed samples of each agent",
             )
             self.engines[name] = parts.moments.engines
+            self.findings += [
+                f"{name}, {sentence}" for sentence in non_finite(parts.moments, batches[name])
+            ]
             embedding = embedding_of(network.generator)
             if embedding is not None:
                 embeddings[f"embedding_{name}"] = embedding
         return join(found, axis="network", union="layer") | embeddings
+
+
+def non_finite(moments: Moments, batch: Mapping[str, Tensor]) -> list[str]:
+    """Say where gradients are not finite.
+
+    Args:
+        moments: Moments of the gradients.
+        batch: What they were taken from.
+
+    Returns:
+        For each agent and layer concerned, how many samples, which is the first, and what it reads
+        that is not finite itself.
+    """
+    sentences = []
+    for agent, layer in moments.non_finite.nonzero().tolist():
+        first = int(moments.first_non_finite[agent, layer])
+        causes = [
+            name
+            for name, tensor in batch.items()
+            if tensor.is_floating_point() and not tensor[agent, first].isfinite().all()
+        ]
+        sentences.append(
+            f"agent {agent}, layer {moments.layout.layers[layer]}: the gradient is not finite in "
+            f"{int(moments.non_finite[agent, layer])} of {int(moments.count[agent])} samples, "
+            f"first in sample {first}"
+            + (f", whose {' and '.join(causes)} is not finite." if causes else ".")
+        )
+    return sentences
 
 
 class PreciseCopy:

@@ -31,7 +31,7 @@ _READ = {
     "critic": ("observation", "value", "target"),
 }
 
-DIAGNOSED_SAMPLES: dict[Level, int] = {"off": 1, "light": 256, "full": 1024}
+DIAGNOSED_SAMPLES: dict[Level, int] = {"off": 1, "light": 128, "full": 1024}
 """Samples of each agent that a diagnosis looks at by default."""
 
 
@@ -78,6 +78,8 @@ class Trainer:
         self.updates_done = 0
         self.last_return = math.nan
         self._saver = Saver()
+        self._told: set[str] = set()
+        self._engines_written = False
         self.policy_loss = policy_loss(self.policy, config.ppo)
         self.value_loss = value_loss(self.value, config.ppo)
         networks = {"actor": Network(generator=self.actor, surrogate=self.policy_loss)}
@@ -91,7 +93,11 @@ class Trainer:
         return self.updates_done * self.config.copies * self.config.steps
 
     def run(
-        self, writer: RunWriter, progress: Progress, stop: Callable[[], bool] = lambda: False
+        self,
+        writer: RunWriter,
+        progress: Progress,
+        stop: Callable[[], bool] = lambda: False,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> bool:
         """Train from where this trainer stands to the configured frames, recording every update.
 
@@ -99,6 +105,7 @@ class Trainer:
             writer: The run folder.
             progress: Told of every update.
             stop: Asked after each update whether to stop there.
+            tell: Given what the diagnostics find wrong, once for each network, agent and layer.
 
         Returns:
             Whether all frames are done. Either way the last update is checkpointed.
@@ -110,6 +117,14 @@ class Trainer:
             quantities: dict[str, Quantity] = {}
             if config.diagnostics != "off" and update % config.every == 0:
                 quantities = self._diagnose(rollout)
+                for finding in self.probe.findings:
+                    place = finding.partition(":")[0]
+                    if place not in self._told:
+                        self._told.add(place)
+                        tell(f"update {update}: {finding}")
+                if not self._engines_written:
+                    writer.describe(engines=self.probe.engines)
+                    self._engines_written = True
             losses = self._update(rollout.samples)
             self.updates_done = update + 1
             if rollout.episode_returns:

@@ -50,7 +50,7 @@ def train_run(
             progress(trainer.frames_done, trainer.last_return)
         writer.discard_after(trainer.updates_done - 1)
         writer.describe(**describe(trainer), state="running")
-        finished = trainer.run(writer, progress, stop)
+        finished = trainer.run(writer, progress, stop, tell)
         writer.describe(state="done" if finished else "stopped")
     return finished
 

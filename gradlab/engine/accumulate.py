@@ -21,6 +21,9 @@ DEFAULT_BUDGET = 32 * 2**20
 """Bytes that what is kept for one part's gradients may take."""
 
 
+_NONE = 2**62  # greater than any sample's number
+
+
 def gradient_moments(
     surrogate: Surrogate,
     theta: Mapping[str, Tensor],
@@ -74,8 +77,8 @@ def gradient_moments(
         sums = _Sums(theta, agents, plan, copy, coordinates=coordinates)
         room = max(1, min(EXACT, budget // max(1, plan.bytes_per_sample)))
         try:
-            for part, clusters in _parts(whole, sums.index, room):
-                sums.add(gradients(surrogate, theta, part, plan), part, clusters)
+            for part, clusters, numbers in _parts(whole, sums.index, room):
+                sums.add(gradients(surrogate, theta, part, plan), part, clusters, numbers)
         except Unstructured as changed:
             forget(surrogate)
             if last:
@@ -96,17 +99,19 @@ def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) ->
 
 def _parts(
     whole: Part, index: Int[Tensor, "copy place"] | None, room: int
-) -> Iterator[tuple[Part, slice]]:
-    """Cut a batch into parts of at most `room` samples; with each goes which copies it holds."""
+) -> Iterator[tuple[Part, slice, Int[Tensor, " sample"]]]:
+    """Cut a batch into parts of at most `room` samples: each with its copies and sample numbers."""
     if index is None:
+        device = next(iter(whole.batch.values())).device
         for samples in _even(whole.sizes[1], room):
-            yield whole.span(samples.start, samples.stop), slice(0, 1)
+            numbers = torch.arange(samples.start, samples.stop, device=device)
+            yield whole.span(samples.start, samples.stop), slice(0, 1), numbers
         return
     copies, length = index.shape
     for some in _even(copies, max(1, room // length)):
         for samples in _even(length, room):
             numbers = index[some, samples].flatten()
-            yield whole.picked(numbers.clamp(min=0), numbers >= 0), some
+            yield whole.picked(numbers.clamp(min=0), numbers >= 0), some, numbers
 
 
 def _even(total: int, most: int) -> list[slice]:
@@ -163,10 +168,17 @@ class _Sums:
         per_layer = (agents, len(self.layout.layers))
         self.squared_norm = self.like.new_zeros(per_layer, dtype=torch.float64)
         self.non_finite = self.like.new_zeros(per_layer, dtype=torch.int64)
+        self.first = torch.full_like(self.non_finite, _NONE)
         self.count = self.like.new_zeros(agents, clusters, dtype=torch.int64)
 
-    def add(self, gradients: Mapping[str, PerSample], part: Part, clusters: slice) -> None:
-        """Add a part's gradients, which belong to some of the clusters."""
+    def add(
+        self,
+        gradients: Mapping[str, PerSample],
+        part: Part,
+        clusters: slice,
+        numbers: Int[Tensor, " sample"],
+    ) -> None:
+        """Add the gradients of the numbered samples, which belong to some of the clusters."""
         self.count[:, clusters] += part.counts(clusters.stop - clusters.start)
         by_layer: dict[str, Tensor] = {}
         for name, gradient in gradients.items():
@@ -180,12 +192,15 @@ class _Sums:
                 self.square[name] += gradient.squares()
             layer = self.layout.layer_of[name]
             norms = gradient.squared_norms()
-            by_layer[layer] = by_layer[layer].add_(norms) if layer in by_layer else norms
+            by_layer[layer] = by_layer[layer] + norms if layer in by_layer else norms
         if by_layer:
             columns = [self.layout.layers.index(layer) for layer in by_layer]
             squared = torch.stack(list(by_layer.values()))
             self.squared_norm[:, columns] += squared.sum(2, dtype=torch.float64).mT
-            self.non_finite[:, columns] += (~squared.isfinite()).sum(2).mT
+            bad = ~squared.isfinite()
+            self.non_finite[:, columns] += bad.sum(2).mT
+            first = torch.where(bad, numbers, _NONE).amin(2).mT
+            self.first[:, columns] = torch.minimum(self.first[:, columns], first)
 
     def _cluster_sums(self, gradient: PerSample, clusters: int, samples: int) -> ClusterSums:
         """The form in which a parameter's sums by copy take less memory."""
@@ -213,6 +228,7 @@ class _Sums:
             sum=self.layout.flatten(sums),
             squared_norm=self.squared_norm,
             non_finite=self.non_finite,
+            first_non_finite=torch.where(self.first == _NONE, -1, self.first),
             square=None if self.square is None else self.layout.flatten(self.square),
             copies=self.copies,
             copy_count=None if self.copies is None else self.count,

@@ -26,6 +26,8 @@ class Moments:
         sum: Sum of the gradients.
         squared_norm: Sum of the gradients' squared norms, by layer.
         non_finite: Number of samples whose gradient in a layer is not finite.
+        first_non_finite: Number of the first such sample in its batch, -1 if there is none; after
+            merging, in the first batch that has one.
         square: Sum of the squared coordinates, if asked for.
         copies: Numbers of the environment copies that `copy_sums` tells apart, ascending.
         copy_count: Number of samples from each copy.
@@ -39,6 +41,7 @@ class Moments:
     sum: Float[Tensor, "agent param"]
     squared_norm: Float[Tensor, "agent layer"]
     non_finite: Int[Tensor, "agent layer"]
+    first_non_finite: Int[Tensor, "agent layer"]
     square: Float[Tensor, "agent param"] | None = None
     copies: Int[Tensor, " copy"] | None = None
     copy_count: Int[Tensor, "agent copy"] | None = None
@@ -105,6 +108,7 @@ class Moments:
             f"{other.layout.shapes} of {len(other.count)} agents",
         )
         added: dict[str, Any] = self._added(other)
+        added["first_non_finite"] = _first_found(self.first_non_finite, other.first_non_finite)
         engines = {
             name: other.engines[name] if engine == "unused" else engine
             for name, engine in self.engines.items()
@@ -142,18 +146,21 @@ class Moments:
             return tensor
 
         processes = distributed.get_world_size(group)
-        everywhere: list[tuple[dict[str, str], list[int] | None]] = [({}, None)] * processes
+        everywhere: list[Any] = [None] * processes
         own = None if self.copies is None else self.copies.tolist()
-        distributed.all_gather_object(everywhere, (self.engines, own), group=group)
-        engines = self.engines
-        for theirs, _ in everywhere:
+        said = (self.engines, own, self.first_non_finite.tolist())
+        distributed.all_gather_object(everywhere, said, group=group)
+        engines, first = self.engines, torch.full_like(self.first_non_finite, -1)
+        for theirs, _, found in everywhere:
             engines = {n: theirs[n] if e == "unused" else e for n, e in engines.items()}
+            first = _first_found(first, torch.tensor(found, device=first.device))
         sums: dict[str, Any] = {
             name: total(getattr(self, name)) for name in _SUMS if getattr(self, name) is not None
         }
+        sums["first_non_finite"] = first
         if self.copies is None:
             return replace(self, engines=engines, **sums)
-        labels = {label for _, labels in everywhere for label in labels or ()}
+        labels = {label for _, labels, _ in everywhere for label in labels or ()}
         copies = torch.tensor(sorted(labels), device=self.copies.device)
         count, by_copy = self._spread(copies)
         return replace(
@@ -195,6 +202,10 @@ class Moments:
             spread(self.copy_count),
             {name: spread(sums.formed()) for name, sums in self.copy_sums.items()},
         )
+
+
+def _first_found(ours: Tensor, theirs: Tensor) -> Tensor:
+    return torch.where(ours >= 0, ours, theirs)
 
 
 _SUMS = ("count", "sum", "squared_norm", "non_finite", "square")

@@ -70,6 +70,24 @@ class PerSample(ABC):
         """Inner products between all gradients; a row is agent * samples + sample."""
 
 
+class SquaredLengths:
+    """Vectors, and their squared lengths, computed at most once.
+
+    Attributes:
+        vectors: Tensor [agent, sample, *use, size].
+    """
+
+    def __init__(self, vectors: Tensor) -> None:
+        self.vectors = vectors
+        self._values: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """The squared lengths [agent, sample, *use]."""
+        if self._values is None:
+            self._values = _squared_length(self.vectors)
+        return self._values
+
+
 class Rows(PerSample):
     """The gradients themselves.
 
@@ -77,9 +95,14 @@ class Rows(PerSample):
         values: Tensor [agent, sample, *shape].
     """
 
-    def __init__(self, values: Float[Tensor, "agent sample *shape"]) -> None:
+    def __init__(
+        self,
+        values: Float[Tensor, "agent sample *shape"],
+        lengths: SquaredLengths | None = None,
+    ) -> None:
         self.values = values
         self.shape = values.shape[2:]
+        self._lengths = lengths
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +131,8 @@ class Rows(PerSample):
 
     def squared_norms(self) -> Float[Tensor, "agent sample"]:
         """See `PerSample.squared_norms`."""
+        if self._lengths is not None:
+            return self._lengths()
         return _squared_length(self.values.reshape(*self.values.shape[:2], -1))
 
     def squares(self) -> Float[Tensor, " agent *shape"]:
@@ -132,9 +157,11 @@ class Outer(PerSample):
         self,
         inputs: Float[Tensor, "agent sample use in"],
         output_gradients: Float[Tensor, "agent sample use out"],
+        lengths: SquaredLengths | None = None,
     ) -> None:
         self.inputs = inputs
         self.output_gradients = output_gradients
+        self._lengths = lengths
         self.shape = torch.Size((output_gradients.shape[-1], inputs.shape[-1]))
 
     @property
@@ -176,7 +203,8 @@ class Outer(PerSample):
         a, d = self.inputs, self.output_gradients
         uses, outputs, inputs = a.shape[2], d.shape[3], a.shape[3]
         if uses == 1:
-            return _squared_length(a[:, :, 0]) * _squared_length(d[:, :, 0])
+            of_outputs = self._lengths() if self._lengths else _squared_length(d[:, :, 0])
+            return _squared_length(a[:, :, 0]) * of_outputs
         if uses * (inputs + outputs) < inputs * outputs:
             return ((a @ a.mT) * (d @ d.mT)).sum((-2, -1))
         return _squared_length(self.rows().flatten(2))

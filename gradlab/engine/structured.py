@@ -27,7 +27,7 @@ from gradlab.engine.part import (
     masked,
     without_agent_axis,
 )
-from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows
+from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows, SquaredLengths
 from gradlab.engine.recorder import Recorder, Use
 
 
@@ -99,12 +99,13 @@ def structured_gradients(
         for name, gradient in zip(formed, gradients, strict=False)
         if gradient is not None
     }
-    by_name: dict[str, list[tuple[Use, Tensor, bool]]] = defaultdict(list)
+    by_name: dict[str, list[tuple[Use, SquaredLengths, bool]]] = defaultdict(list)
     for use, gradient in zip(recorder.uses, gradients[len(formed) :], strict=True):
         if gradient is None:
             continue
-        d = masked(use.arrange(gradient, agents, samples), part.mask)
-        if use.kind != "lookup":  # what was read for a sample that does not exist may be NaN
+        d = SquaredLengths(masked(use.arrange(gradient, agents, samples), part.mask))
+        if part.mask is not None and use.kind != "lookup":
+            # what was read for a sample that does not exist may be NaN
             use = replace(use, inputs=masked(use.inputs, part.mask))
         for read, is_bias in ((use.weight, False), (use.bias, True)):
             if read is not None:
@@ -132,11 +133,16 @@ def _refuse_others(recorder: Recorder) -> None:
         raise Unstructured(names)
 
 
-def _joined(uses: list[tuple[Use, Tensor, bool]], shape: torch.Size) -> PerSample:
+def _joined(uses: list[tuple[Use, SquaredLengths, bool]], shape: torch.Size) -> PerSample:
     """All uses of one parameter, all in the same role, as one."""
-    first, _, is_bias = uses[0]
+    first, only, is_bias = uses[0]
+    if first.kind == "linear" and len(uses) == 1 and only.vectors.dim() == 3:
+        # Weight and bias of one layer: the output gradients' lengths serve both.
+        if is_bias:
+            return Rows(only.vectors, only)
+        return Outer(first.inputs[:, :, None], only.vectors[:, :, None], only)
     own = len(shape) - 1 if first.kind == "lookup" else 1  # axes of what one use returns
-    d = _side_by_side([_with_one_use_axis(d, own) for _, d, _ in uses])
+    d = _side_by_side([_with_one_use_axis(d.vectors, own) for _, d, _ in uses])
     if is_bias:
         return Rows(_sum_of_uses(d).unflatten(-1, shape))
     if first.kind == "lookup":

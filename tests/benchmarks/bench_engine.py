@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from measure import peak_extra, ratios, write
 from torch import nn
+from torch.func import grad, vmap
 
 from gradlab.engine.accumulate import gradient_moments
 from trainers.config import PPOConfig
@@ -20,7 +21,7 @@ from trainers.ppo import policy_loss
 
 NETS = {"18-64-64-5": (18, 64, 64, 5), "60-256-256-10": (60, 256, 256, 10)}
 STEPS = 32  # of every copy; a batch of S samples an agent is from S / 32 copies
-GENERAL_LIMIT = 2**16  # agents x samples above which vmap(grad) would take minutes
+MATERIALISED = 3 * 2**30  # bytes of per-sample gradients that vmap(grad) may form
 
 
 def case(sizes, agents, samples):
@@ -57,16 +58,21 @@ def functions(sizes, agents, samples):
     def by_copy():
         gradient_moments(loss, theta, batch, copy=copy).copy_products()
 
-    def general():
-        gradient_moments(loss, theta, batch, engine="general")
+    def materialised():
+        own = {name: t[0] for name, t in theta.items()}
+        rows = vmap(vmap(grad(loss), in_dims=(None, 0)), in_dims=(None, 0))(own, batch)
+        for gradient in rows.values():
+            gradient.mean(1)
+            gradient.flatten(2).square().sum(2)
 
+    size = 4 * agents * samples * sum(t.numel() for t in theta.values())
     return {
         "gradient": gradient,
         "moments": moments,
         "by copy": by_copy,
         "opacus ghost norms": opacus(theta, batch),
         "backpack BatchL2": backpack_norms(theta, batch),
-    } | ({"vmap(grad)": general} if agents * samples <= GENERAL_LIMIT else {})
+    } | ({"vmap(grad)": materialised} if size <= MATERIALISED else {})
 
 
 def module(theta):

@@ -13,9 +13,9 @@ from trainers.networks import MLP, Theta
 
 
 class CoupledHyperNetwork(HyperNetwork):
-    """theta_{i,t} = h([o_t ; e_i]): other parameters for every sample (HyperMARL, section 6).
+    """theta_{i,t} = h([o_t ; e_i]): other parameters for every sample (HyperMARL, Fig. 8, w/o GD).
 
-    Its weight heads are scaled as HyperMARL's, for what the trunks make of the observation 0.
+    Its weight heads are scaled as HyperMARL's, for what the trunks make of an observation of zeros.
     """
 
     reads_observation: ClassVar[bool] = True
@@ -59,7 +59,8 @@ class CoupledHyperNetwork(HyperNetwork):
         """
         if observation is None:
             raise UsageError(
-                "`observation` must be given: this generator makes other parameters for each one."
+                "`observation` must be given: this generator makes other parameters for each one. "
+                "Got observation=None."
             )
         return self.make(torch.cat([observation, self.embedding[agents]], dim=1))
 
@@ -72,3 +73,19 @@ class CoupledHyperNetwork(HyperNetwork):
             name: tensor if len(tensor) == 1 else tensor.unflatten(0, (agents, samples))
             for name, tensor in theta.items()
         }
+
+    def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
+        """See `Generator.representation`."""
+        rows, what = super().representation()
+        return rows, what if self.learned else f"{what}, for an observation of zeros"
+
+    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
+        """There are none: J is another one for every sample.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            "`coupling_traces` must be asked of a generator that does not read the observation: "
+            "this one's J differs from sample to sample. Got generator=CoupledHyperNetwork."
+        )

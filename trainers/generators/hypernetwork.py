@@ -62,6 +62,7 @@ class HyperNetwork(Generator):
             for kind, shape in (("weight", (outputs, inputs)), ("bias", (outputs,)))
         }
         self.parts = nn.ModuleDict()
+        self.observation_size = observation_size
         nothing = torch.zeros(agents, observation_size)
         inputs = torch.cat([nothing, self.embedding.detach()], dim=1)
         for name, shape in self.shapes.items():
@@ -109,9 +110,9 @@ class HyperNetwork(Generator):
         """See `Generator.representation`."""
         if self.learned:
             return self.embedding.detach(), "learned agent embeddings"
+        theta = self.policy_for(torch.zeros(self.agents, 1, self.observation_size))
         rows = torch.cat(
-            [t.detach().flatten(1) for t in self.all_agents().values() if len(t) == self.agents],
-            dim=1,
+            [t.detach().flatten(1) for t in theta.values() if len(t) == self.agents], dim=1
         )
         return rows, "each agent's generated weights (its embedding is a fixed one-hot)"
 
