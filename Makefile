@@ -20,8 +20,9 @@ check: $(VENV)/.installed  ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed
-	@for script in tests/benchmarks/bench_*.py; do [ ! -e "$$script" ] || $(BIN)/python "$$script"; done
+bench: $(VENV)/.installed  ## measure the costs anew (half an hour) and write docs/performance.md
+	for script in tests/benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python tests/benchmarks/report.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

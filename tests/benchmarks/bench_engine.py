@@ -136,7 +136,7 @@ def main():
             for samples in (2048,) if quick else (2048, 8192, 65536):
                 for agents in (4, 16):
                     work = agents * samples * sum(a * b for a, b in pairwise(sizes))
-                    rounds = 3 if quick else max(3, min(25, int(4e10 / work)))
+                    rounds = 3 if quick else max(2, min(25, int(4e10 / work)))
                     measured = functions(sizes, agents, samples)
                     general = measured.pop("vmap(grad)", None)
                     found = ratios(measured, rounds, "gradient")

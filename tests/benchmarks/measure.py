@@ -30,8 +30,9 @@ def side_by_side(functions, rounds):
 def ratios(functions, rounds, base):
     """Median over rounds of each function's time relative to the base's in the same round."""
     rows = {name: [] for name in functions}
-    for function in functions.values():
-        function()
+    if rounds > 2:  # else a round is long enough to need no warming up
+        for function in functions.values():
+            function()
     for _ in range(rounds):
         seconds = {}
         for name, function in functions.items():
@@ -51,7 +52,6 @@ def ratios(functions, rounds, base):
 
 def peak_extra(function):
     """MiB that a call needs at its peak beyond what was resident before (Linux)."""
-    function()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew

@@ -1,0 +1,152 @@
+"""Writes docs/performance.md from the committed results of the benchmarks."""
+
+import json
+from pathlib import Path
+
+from measure import RESULTS
+
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+
+HEAD = """# Performance: what taking gradients apart costs
+
+Made by `make bench`; every table is what the command measured, on the machine and with the versions named
+below it. Times are ratios to **one gradient evaluation of the same batch**: forward and backward pass of
+the same loss in plain PyTorch, all agents together. What a row compares ran in turn in one process; the
+figure is the median over rounds of the ratio within the round. Memory is the peak of what is resident
+beyond what was before the call. Machines like this one repeat to about 15 %.
+
+"""
+
+
+def load(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(columns, rows):
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def provenance(record):
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"\n{record['machine']['processor']}; {versions}.\n\n"
+
+
+def engine():
+    record = load("engine")
+    names = ("moments", "by copy", "opacus ghost norms", "backpack BatchL2", "vmap(grad)")
+    rows = []
+    for row in record["rows"]:
+        cells = [row["threads"], row["net"], row["agents"], f"{row['samples']:,}"]
+        cells.append(f"{row['times']['gradient']['ms']:,.0f}")
+        for name in names:
+            found = row["times"].get(name)
+            cells.append(f"{found['ratio']:.2f}" if found else "-")
+        memory = row["MiB"]
+        cells += [f"{memory[name]:,.0f}" for name in ("gradient", "moments", "by copy")]
+        rows.append(cells)
+    columns = (
+        "threads",
+        "network",
+        "agents",
+        "samples per agent",
+        "gradient, ms",
+        "all moments",
+        "and by copy",
+        "Opacus ghost norms",
+        "BackPACK BatchL2",
+        "`vmap(grad)`",
+        "MiB gradient",
+        "MiB moments",
+        "MiB by copy",
+    )
+    return (
+        "## The engine\n\n"
+        "PPO's loss, agents that share one network, float32, copies of 32 steps. *All moments*: every "
+        "agent's mean gradient, and sums of squared norms by layer. *And by copy*: also the sums by "
+        "environment copy and their inner products between agents, for every copy. Opacus and BackPACK "
+        "give the samples' norms alone, in one pass over all agents. `vmap(grad)` forms every sample's "
+        "gradient, then means and norms; it is left out where that takes more than 3 GiB.\n\n"
+        + table(columns, rows)
+        + provenance(record)
+    )
+
+
+def psi():
+    record = load("psi")
+    rows = [
+        (
+            row["net"],
+            row["agents"],
+            f"{row['samples']:,}",
+            f"{row['psi']:,}",
+            f"{row['times']['reference']['ms']:,.0f}",
+            f"{row['times']['decompose']['ratio']:.2f}",
+            f"{row['MiB']['decompose']:,.0f}",
+        )
+        for row in record["rows"]
+    ]
+    columns = (
+        "network",
+        "agents",
+        "samples per agent",
+        "size of psi",
+        "reference, ms",
+        "ratio",
+        "MiB",
+    )
+    return (
+        "## HyperMARL's trained parameters\n\n"
+        "All agents' $g_i = J_i^\\top Z_i$ and their Gram matrix by layer, theta-space moments included, "
+        "against the engine plus one vector-Jacobian product through the hypernetwork for each agent "
+        "(the reference). One thread.\n\n" + table(columns, rows) + provenance(record)
+    )
+
+
+def scale():
+    record = load("scale")
+    rows = [
+        (
+            row["agents"],
+            f"{row['samples']:,}",
+            f"{row['ms']:,.0f}",
+            f"{row['ns per sample']:,.0f}",
+            f"{row['MiB']:,.0f}",
+        )
+        for row in record["rows"]
+    ]
+    columns = ("agents", "samples per agent", "ms", "ns for each sample of an agent", "MiB")
+    return (
+        "## Growth\n\nAll moments, network 18-64-64-5, one thread; the batch itself is not counted.\n\n"
+        + table(columns, rows)
+        + provenance(record)
+    )
+
+
+def training():
+    record = load("training")
+    rows = [
+        (
+            row["method"],
+            f"{row['ms per update']:,.0f}",
+            f"{100 * row['light']:+.1f} %",
+            f"{100 * row['full']:+.1f} %",
+        )
+        for row in record["rows"]
+    ]
+    columns = ("method", "off, ms per update", "light", "full")
+    return (
+        "## Diagnostics in training\n\nWall time of whole trainings with every update diagnosed "
+        "(`--every 1`; the default is every tenth) against `--diagnostics off`: independent PPO, 4 epochs "
+        "of 4 minibatches, `vmas/navigation`, 4 agents, 128 copies, rollouts of 32 steps, recorded as "
+        "`gradlab train` does, one thread.\n\n" + table(columns, rows) + provenance(record)
+    )
+
+
+def main():
+    PAGE.write_text((HEAD + engine() + psi() + scale() + training()).rstrip("\n") + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+from cases import AGENTS, DECOUPLED, case
+from torch import nn
+
+from gradlab.decomposition import decompose
+from gradlab.probe import Network, Probe
+
+
+def probe_of(method, level, *, dtype=torch.float32):
+    c = case(method, "ppo-continuous", dtype=dtype)
+    return Probe({"actor": Network(generator=c.generator, surrogate=c.surrogate)}, level), c
+
+
+@pytest.mark.parametrize("level", ["light", "full"])
+@pytest.mark.parametrize("method", [*DECOUPLED, "hypermarl-coupled"])
+def test_probe_records_what_decompose_says(method, level):
+    probe, c = probe_of(method, level)
+    found = probe.diagnose({"actor": c.batch})
+    d = decompose(c.generator, c.surrogate, c.batch)
+    gram = sum(d.gram_psi().values())
+    norms = gram.diagonal().sqrt()
+    np.testing.assert_allclose(found["norm"].values[0, 0, 0], norms, rtol=1e-4)
+    assert found["residual"].values[0] < 1e-12
+    assert (found["factorisation_gap"].values[0] > 1e-3) == (method == "hypermarl-coupled")
+    assert found["samples"].values.tolist() == [[c.batch["advantage"].shape[1]] * AGENTS]
+    assert ("variance_within" in found) == (level == "full")
+    assert set(probe.engines["actor"]) == set(d.theta_layout.shapes)
+    assert probe.findings == []
+
+
+def test_probe_leaves_no_trace():
+    probe, c = probe_of("hypermarl", "full")
+    before = {name: p.detach().clone() for name, p in c.generator.named_parameters()}
+    state = torch.random.get_rng_state()
+    probe.diagnose({"actor": c.batch})
+    assert torch.equal(state, torch.random.get_rng_state())
+    for name, parameter in c.generator.named_parameters():
+        assert parameter.grad is None
+        assert parameter.requires_grad
+        assert torch.equal(parameter, before[name])
+
+
+def test_probe_sees_the_present_parameters():
+    probe, c = probe_of("nops", "light")
+    first = probe.diagnose({"actor": c.batch})["norm"].values
+    with torch.no_grad():
+        for parameter in c.generator.parameters():
+            parameter.mul_(2)
+    assert not np.allclose(first, probe.diagnose({"actor": c.batch})["norm"].values)
+
+
+@pytest.mark.parametrize("level", ["light", "full"])
+def test_probe_names_what_is_not_finite(level):
+    probe, c = probe_of("fups-id", level)
+    c.batch["advantage"][1, 4:6] = torch.nan
+    found = probe.diagnose({"actor": c.batch})
+    assert np.nanmax(found["non_finite"].values) == 2
+    assert (
+        "actor, agent 1, layer head: the gradient is not finite in 2 of 10 samples, first in "
+        "sample 4, whose advantage is not finite."
+    ) in probe.findings
+    assert all("agent 1" in sentence for sentence in probe.findings)
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+    def forward(self, agents):  # noqa: ARG002
+        return {"w": self.w[None]}
+
+
+@pytest.mark.parametrize("check", [0, 1, 3, None])
+def test_residual_is_of_as_many_samples_as_asked(check):
+    x = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]])
+    d = decompose(Shared(), lambda theta, s: (theta["w"] * s["x"]).sum(), {"x": x}, check=check)
+    torch.testing.assert_close(d.total, x[0].mean(0))
+    assert np.isnan(d.residual) if check == 0 else d.residual < 1e-6
