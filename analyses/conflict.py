@@ -21,7 +21,8 @@ def conflict_table(
 
     Returns:
         One row per run: conflict rate and mean cosine of g (psi-space) and Z (theta-space), the
-        pair of agents whose g point most against each other, the residual.
+        pair of agents whose g point most against each other, the residual, how many of each
+        agent's samples were diagnosed, and by which engine.
 
     Raises:
         UsageError: If a run has no diagnostics, or not that network or layer.
@@ -60,7 +61,28 @@ def _row(run: Run, network: str, layer: str) -> dict[str, object]:
         "mean_cosine_z": float(mean.sel(space="theta")),
         "worst_pair_g": worst,
         "residual": float(residual),
+        "samples": _samples(run, network),
+        "engine": _engine(run, network),
     }
+
+
+def _samples(run: Run, network: str) -> str:
+    """How many of each agent's samples of a rollout the newest diagnosis looked at."""
+    if "samples" not in run.quantities:
+        return "-"
+    kept = int(run.quantity("samples").isel(update=-1).sel(network=network).min())
+    total = run.config.get("copies", 0) * run.config.get("steps", 0)
+    return f"{kept:,} of {total:,}" if total else f"{kept:,}"
+
+
+def _engine(run: Run, network: str) -> str:
+    """How the per-sample gradients were taken."""
+    engines = run.info.get("engines", {})
+    of_network = engines.get(network, {}) if isinstance(engines, dict) else {}
+    formed = [name for name, engine in of_network.items() if engine == "general"]
+    if not of_network:
+        return "-"
+    return f"general for {', '.join(formed)}" if formed else "structured"
 
 
 def check_name(kind: str, name: str, known: Sequence[str]) -> None:
