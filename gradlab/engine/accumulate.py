@@ -67,7 +67,12 @@ def gradient_moments(
     agents, samples = batch_axes(batch)
     check(engine in ("auto", "general"), "engine", "be 'auto' or 'general'", engine)
     check(budget > 0, "budget", "be a positive number of bytes", budget)
+    kinds = {name: str(tensor.dtype) for name, tensor in theta.items()}
+    floating = all(tensor.is_floating_point() for tensor in theta.values())
+    check(floating and len(theta) > 0, "theta", "hold floating-point tensors, at least one", kinds)
     _check_shape("mask", mask, (agents, samples))
+    if mask is not None:
+        check(mask.dtype == torch.bool, "mask", "hold booleans", mask.dtype)
     _check_shape("copy", copy, (samples,))
     for name, tensor in (context or {}).items():
         _check_shape(f"context[{name!r}]", tensor[..., None].flatten(1)[:, :1], (agents, 1))

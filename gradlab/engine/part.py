@@ -236,6 +236,9 @@ def batch_axes(batch: Mapping[str, Tensor]) -> tuple[int, int]:
     Raises:
         UsageError: If the tensors disagree, or there is nothing in them.
     """
+    kinds = {name: type(tensor).__name__ for name, tensor in batch.items()}
+    tensors = all(isinstance(tensor, Tensor) for tensor in batch.values())
+    check(tensors and len(batch) > 0, "batch", "hold tensors by name, at least one", kinds)
     shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
     leading = {shape[:2] for shape in shapes.values()}
     check(

@@ -351,3 +351,28 @@ def test_a_loss_that_is_not_per_sample_is_refused(wrong, got, engine):
     _, theta, batch = build(*NETS["linear"])
     with pytest.raises(UsageError, match=got):
         gradient_moments(wrong, theta, batch, engine=engine)
+
+
+WRONG = {
+    "empty theta": ({"theta": {}}, "`theta` must hold floating-point tensors, at least one"),
+    "integers": ({"theta": {"a.weight": torch.zeros(2, 3, 6, dtype=torch.int64)}}, "`theta` must"),
+    "agents": ({"theta": {"a.weight": torch.zeros(3, 3, 6)}}, "leading axis of 1 or 2"),
+    "no batch": ({"batch": {}}, "`batch` must hold tensors by name, at least one"),
+    "axes": (
+        {"batch": {"x": torch.zeros(2, 5, 6), "w": torch.zeros(2, 4)}},
+        r"the same two leading axes .*\(2, 4\)",
+    ),
+    "mask": ({"mask": torch.ones(5, 2, dtype=torch.bool)}, r"`mask` must have shape \(2, 5\)"),
+    "copy": ({"copy": torch.arange(4)}, r"`copy` must have shape \(5,\)"),
+    "context": ({"context": {"c": torch.zeros(3)}}, r"context\['c'\]` must have shape \(2, 1\)"),
+    "budget": ({"budget": 0}, "`budget` must be a positive number of bytes. Got budget=0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named_in_one_line(name):
+    loss, theta, batch = build(*NETS["no bias"])
+    changed, message = WRONG[name]
+    with pytest.raises(UsageError, match=message) as caught:
+        gradient_moments(loss, **({"theta": theta, "batch": batch} | changed))
+    assert "\n" not in str(caught.value)
