@@ -192,6 +192,9 @@ class Outer(PerSample):
             factor.unflatten(1, (out.shape[1], -1)).flatten(2, 3)
             for factor in (self.inputs, self.output_gradients)
         )
+        if out.shape[1] == 1 and not fresh:
+            out[:, 0].baddbmm_(d[:, 0].mT, a[:, 0])
+            return
         for agent, sums in enumerate(out):  # contiguous, so that one batched product fills it
             if fresh:
                 torch.bmm(d[agent].mT, a[agent], out=sums)
