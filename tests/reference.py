@@ -55,7 +55,7 @@ def moments(gradients, layers, mask=None, copy=None):
     """
     agents, samples = next(iter(gradients.values())).shape[:2]
     names = list(dict.fromkeys(layers.values()))
-    flat = torch.cat([g.flatten(2) for g in gradients.values()], 2)
+    flat = torch.cat([g.reshape(agents, samples, -1) for g in gradients.values()], 2)
     exists = torch.ones(agents, samples, dtype=torch.bool) if mask is None else mask
     result = {
         "count": exists.sum(1),
@@ -64,7 +64,7 @@ def moments(gradients, layers, mask=None, copy=None):
         "squared_norm": torch.stack(
             [
                 sum(
-                    g.flatten(2).square().sum((1, 2))
+                    g.reshape(agents, samples, -1).square().sum((1, 2))
                     for n, g in gradients.items()
                     if layers[n] == layer
                 )
@@ -79,7 +79,10 @@ def moments(gradients, layers, mask=None, copy=None):
     within = flat.new_zeros(len(names), len(labels), agents, agents)
     across = torch.zeros_like(within)
     for row, layer in enumerate(names):
-        part = torch.cat([g.flatten(2) for n, g in gradients.items() if layers[n] == layer], 2)
+        members = [
+            g.reshape(agents, samples, -1) for n, g in gradients.items() if layers[n] == layer
+        ]
+        part = torch.cat(members, 2)
         for column, label in enumerate(labels):
             for i in range(agents):
                 ours = part[i, copy == label].sum(0)

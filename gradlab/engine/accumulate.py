@@ -11,7 +11,7 @@ from torch import Tensor
 from gradlab.checks import UsageError, check
 from gradlab.engine.clusters import EXACT, ClusterSums, FactoredSums, FormedSums, RunningSum
 from gradlab.engine.moments import Moments
-from gradlab.engine.part import Part, Surrogate, batch_axes
+from gradlab.engine.part import Part, Surrogate, checked_part
 from gradlab.engine.per_sample import Outer, PerSample
 from gradlab.engine.plan import Engine, Plan, forget, gradients, plan_for
 from gradlab.engine.structured import Unstructured
@@ -64,19 +64,16 @@ def gradient_moments(
         UsageError: If axes disagree, or the surrogate's gradient cannot be taken per sample; the
             message names the cause.
     """
-    agents, samples = batch_axes(batch)
+    whole = checked_part(theta, batch, mask=mask, context=context)
+    agents, samples = whole.sizes
     check(engine in ("auto", "general"), "engine", "be 'auto' or 'general'", engine)
     check(budget > 0, "budget", "be a positive number of bytes", budget)
-    kinds = {name: str(tensor.dtype) for name, tensor in theta.items()}
-    floating = all(tensor.is_floating_point() for tensor in theta.values())
-    check(floating and len(theta) > 0, "theta", "hold floating-point tensors, at least one", kinds)
-    _check_shape("mask", mask, (agents, samples))
-    if mask is not None:
-        check(mask.dtype == torch.bool, "mask", "hold booleans", mask.dtype)
-    _check_shape("copy", copy, (samples,))
-    for name, tensor in (context or {}).items():
-        _check_shape(f"context[{name!r}]", tensor[..., None].flatten(1)[:, :1], (agents, 1))
-    whole = Part(batch=batch, context=context or {}, mask=mask)
+    if copy is not None:
+        check(isinstance(copy, Tensor), "copy", "be a tensor", type(copy).__name__)
+        whole_numbers = not (copy.is_floating_point() or copy.is_complex())
+        rule = f"hold whole numbers and have shape {(samples,)} as the batch has"
+        got = (copy.dtype, tuple(copy.shape))
+        check(whole_numbers and got[1] == (samples,), "copy", rule, got)
     for last in (False, True):
         plan = plan_for(surrogate, theta, whole, engine)
         sums = _Sums(theta, agents, plan, copy, coordinates=coordinates)
@@ -96,12 +93,6 @@ def gradient_moments(
     return sums.moments()
 
 
-def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
-    if tensor is not None:
-        got = tuple(tensor.shape)
-        check(got == expected, name, f"have shape {expected} as the batch has", got)
-
-
 def _parts(
     whole: Part, index: Int[Tensor, "copy place"] | None, room: int
 ) -> Iterator[tuple[Part, slice, Int[Tensor, " sample"]]]:
@@ -113,10 +104,12 @@ def _parts(
             yield whole.span(samples.start, samples.stop), slice(0, 1), numbers
         return
     copies, length = index.shape
+    filled_up = bool((index < 0).any())
     for some in _even(copies, max(1, room // length)):
         for samples in _even(length, room):
             numbers = index[some, samples].flatten()
-            yield whole.picked(numbers.clamp(min=0), numbers >= 0), some, numbers
+            exist = numbers >= 0 if filled_up else None
+            yield whole.picked(numbers.clamp(min=0), exist), some, numbers
 
 
 def _even(total: int, most: int) -> list[slice]:

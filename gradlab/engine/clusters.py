@@ -120,13 +120,13 @@ class ClusterSums(ABC):
             `sum_i^e . sum_k^e` and `sum_i^e . total_k` in float64, by cluster e.
         """
         agents, size = len(total), math.prod(self.shape)
-        most = max(1, _BLOCK // (size * agents * self.like.element_size()))
+        most = max(1, _BLOCK // max(1, size * agents * self.like.element_size()))
         room = self.like.new_empty(agents, most, *self.shape)
         totals = total.to(room.dtype).reshape(1, agents, size).mT
         within, across = [], []
         for clusters in self.stretches(most):
             sums = self.form(clusters, room)
-            rows = sums.reshape(agents, -1, size).transpose(0, 1)
+            rows = sums.reshape(agents, sums.shape[1], size).transpose(0, 1)
             within.append((rows @ rows.mT).double())
             across.append(torch.bmm(rows, totals.expand(len(rows), -1, -1)).double())
         return torch.cat(within), torch.cat(across)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -13,6 +14,7 @@ from gradlab.engine.part import (
     checked_loss,
     explained,
     masked,
+    unwritten,
     without_agent_axis,
 )
 from gradlab.engine.per_sample import PerSample, Rows
@@ -39,6 +41,7 @@ def general_gradients(
         return checked_loss(surrogate, dict(theta), {**sample, **context}, Rewrites())
 
     per_sample = vmap(vmap(grad(loss), in_dims=(None, 0, None)), in_dims=(axes, 0, 0))
-    with explained():
+    given = {**theta, **part.batch, **part.context}
+    with torch.no_grad(), explained(), unwritten(given):  # no graph above the one of `grad`
         rows = per_sample(without_agent_axis(theta, axes), dict(part.batch), dict(part.context))
     return {name: Rows(masked(values, part.mask)) for name, values in rows.items()}

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gradlab.checks import check
-from gradlab.engine.part import Part, Surrogate, batch_axes
-from gradlab.engine.plan import Engine, gradients, plan_for
+from gradlab.engine.part import Surrogate, checked_part
+from gradlab.engine.plan import Engine, planned_gradients
 from gradlab.parameters import WHOLE, ParameterLayout
 
 
@@ -57,21 +57,21 @@ def sample_gram(
     Raises:
         UsageError: If a number is out of range, or as `gradient_moments` does.
     """
-    agents, total = batch_axes(batch)
+    whole = checked_part(theta, batch, mask=mask, context=context)
+    agents, total = whole.sizes
+    numbers = samples.dtype == torch.int64 and samples.dim() == 1 and len(samples) > 0
     check(
-        len(samples) > 0 and bool(((samples >= 0) & (samples < total)).all()),
+        numbers and bool(((samples >= 0) & (samples < total)).all()),
         "samples",
         f"be numbers from 0 to {total - 1}, at least one",
         samples.tolist(),
     )
-    whole = Part(batch=batch, context=context or {}, mask=mask)
-    part = whole.picked(samples, torch.ones_like(samples, dtype=torch.bool))
-    plan = plan_for(surrogate, theta, whole, engine)
     layout = ParameterLayout.of(theta, batch_dims=1)
     rows = agents * len(samples)
     like = next(iter(theta.values())).detach()
     products = {layer: like.new_zeros(rows, rows) for layer in layout.layers}
-    for name, gradient in gradients(surrogate, theta, part, plan).items():
+    found = planned_gradients(surrogate, theta, whole.picked(samples), engine)
+    for name, gradient in found.items():
         products[layout.layer_of[name]] += gradient.gram()
     return SampleGram(
         products={WHOLE: torch.stack(list(products.values())).sum(0), **products},

@@ -37,6 +37,11 @@ class Part:
         agents, samples = next(iter(self.batch.values())).shape[:2]
         return agents, samples
 
+    @property
+    def device(self) -> torch.device:
+        """Where the batch is."""
+        return next(iter(self.batch.values())).device
+
     def span(self, start: int, stop: int) -> "Part":
         """A stretch of every agent's samples.
 
@@ -53,18 +58,20 @@ class Part:
             mask=None if self.mask is None else self.mask[:, start:stop],
         )
 
-    def picked(self, samples: Int[Tensor, " sample"], exist: Bool[Tensor, " sample"]) -> "Part":
+    def picked(
+        self, samples: Int[Tensor, " sample"], exist: Bool[Tensor, " sample"] | None = None
+    ) -> "Part":
         """Some samples of every agent, copied.
 
         Args:
             samples: Their numbers.
-            exist: Which of them stand for a sample; the others only fill up.
+            exist: Which of them stand for a sample, the others only filling up; all by default.
 
         Returns:
             The part.
         """
         mask = None if self.mask is None else self.mask[:, samples]
-        if not exist.all():
+        if exist is not None:
             mask = exist.expand(self.sizes[0], -1) if mask is None else mask & exist
         return Part(
             batch={name: tensor[:, samples] for name, tensor in self.batch.items()},
@@ -83,9 +90,18 @@ class Part:
         """
         agents, samples = self.sizes
         if self.mask is None:
-            device = next(iter(self.batch.values())).device
-            return torch.full((agents, clusters), samples // clusters, device=device)
+            return torch.full((agents, clusters), samples // clusters, device=self.device)
         return self.mask.reshape(agents, clusters, -1).sum(2)
+
+
+class _Held(dict[str, Tensor]):
+    """What a surrogate is given, with a note of names that it looks up in vain."""
+
+    missed: str | None = None
+
+    def __missing__(self, name: str) -> Tensor:
+        self.missed = name
+        raise KeyError(name)
 
 
 def checked_loss(
@@ -103,15 +119,30 @@ def checked_loss(
         The loss.
 
     Raises:
-        UsageError: If it is not a scalar, or not a tensor.
+        UsageError: If it is not a scalar, not a floating-point tensor, or reads what there is not.
     """
-    with rewrites:
-        loss = surrogate(theta, sample)
+    given = {"theta": _Held(theta), "batch": _Held(sample)}
+    try:
+        with rewrites:
+            loss = surrogate(given["theta"], given["batch"])
+    except KeyError as error:
+        for where, held in given.items():
+            if held.missed is not None and error.args == (held.missed,):
+                raise UsageError(
+                    f"`{where}` must hold what `surrogate` reads. Got no {held.missed!r} among "
+                    f"{', '.join(held)}."
+                ) from error
+        raise
     if not isinstance(loss, Tensor) or loss.dim() > 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise UsageError(
             f"`surrogate` must return one scalar for one sample. Got {got}; sum or average over "
             "the extra axes."
+        )
+    if not loss.is_floating_point():
+        raise UsageError(
+            f"`surrogate` must return a floating-point number. Got {loss.dtype}, which has no "
+            "gradient; convert with .float() before anything is rounded."
         )
     return loss
 
@@ -133,6 +164,23 @@ _EXPLAINED = {
         "`surrogate` must not branch on a tensor's value. Use torch.where instead of `if`, and no "
         "`.item()`."
     ),
+    "autograd": (
+        "`surrogate` must leave differentiation to the engine. Use torch.func.grad in place of "
+        "torch.autograd.grad, requires_grad_() and backward()."
+    ),
+    "detach": "`surrogate` must not touch `.data`. Use `.detach()`.",
+    "escape": (
+        "`surrogate` must be a function of what it is given. A tensor of one call was used after "
+        "it; keep none in attributes, and leave out torch.utils.checkpoint."
+    ),
+    "out of range": (
+        "`surrogate` must look up numbers from 0 to the table's length less one, such as those of "
+        "agents, actions or states. Got one outside; check the batch."
+    ),
+    "numpy": (
+        "`surrogate` must be made of torch functions. A tensor's memory was asked for, as "
+        "`.numpy()` does; use the torch function of the same name."
+    ),
 }
 _SIGNS = {
     "randomness error mode": "randomness",
@@ -142,8 +190,17 @@ _SIGNS = {
     "doesn't match the broadcast shape": "inplace",
     "inplace": "inplace",
     "in-place": "inplace",
+    "single memory location": "inplace",
     "data-dependent control flow": "data-dependent",
     ".item() on a tensor": "data-dependent",
+    "tensor.requires_grad_()": "autograd",
+    "does not require grad and does not have a grad_fn": "autograd",
+    "backward() called inside a functorch transform": "autograd",
+    "accessing `data`": "detach",
+    "may have escaped": "escape",
+    "cannot access data pointer": "numpy",
+    "is out of bounds for dimension": "out of range",
+    "index out of range": "out of range",
 }
 
 
@@ -159,7 +216,7 @@ def explained() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         if isinstance(error, UsageError):
             raise
         message = str(error).lower()
@@ -168,6 +225,29 @@ def explained() -> Iterator[None]:
                 first = str(error).strip().splitlines()[0]
                 raise UsageError(f"{_EXPLAINED[cause]} Torch says: {first}") from error
         raise
+
+
+@contextmanager
+def unwritten(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Insist that nobody writes over tensors meanwhile.
+
+    Args:
+        tensors: Parameters and batch by name.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UsageError: If one was written over.
+    """
+    before = [tensor._version for tensor in tensors.values()]
+    yield
+    for (name, tensor), version in zip(tensors.items(), before, strict=True):
+        if tensor._version != version:
+            raise UsageError(
+                f"`surrogate` must not write in place. It wrote over {name!r}, which it was given; "
+                "use the out-of-place form, e.g. `x = x + y` for `x += y`."
+            )
 
 
 def agent_axes(theta: Mapping[str, Tensor], agents: int) -> dict[str, int | None]:
@@ -224,6 +304,80 @@ def masked(values: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
+def checked_part(
+    theta: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    *,
+    mask: Bool[Tensor, "agent sample"] | None = None,
+    context: Mapping[str, Tensor] | None = None,
+) -> Part:
+    """Check what the engine is given.
+
+    Args:
+        theta: Parameters [agent, ...] or [1, ...] by name.
+        batch: Tensors [agent, sample, ...] by name.
+        mask: Which samples exist; all by default.
+        context: Tensors [agent, ...] by name.
+
+    Returns:
+        The whole batch as one part.
+
+    Raises:
+        UsageError: If something is not as it must be, or no gradient can be taken here.
+    """
+    agents, samples = batch_axes(batch)
+    _check_tensors("theta", theta)
+    kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in theta.items()}
+    check(
+        set(kinds.values()) in ({"float32"}, {"float64"}),
+        "theta",
+        "hold tensors all of float32 or all of float64, at least one; convert with .float()",
+        kinds,
+    )
+    agent_axes(theta, agents)
+    if mask is not None:
+        check(isinstance(mask, Tensor), "mask", "be a tensor", type(mask).__name__)
+        got = (mask.dtype, tuple(mask.shape))
+        rule = f"hold booleans and have shape {(agents, samples)} as the batch has"
+        check(got == (torch.bool, (agents, samples)), "mask", rule, got)
+    context = {} if context is None else context
+    if context:
+        _check_tensors("context", context)
+    for name, tensor in context.items():
+        where = f"context[{name!r}]"
+        check(name not in batch, where, "have a name that the batch has not", name)
+        rule = f"have a leading axis of {agents}, the batch's number of agents; expand what is one"
+        check(tensor.shape[:1] == (agents,), where, rule, tuple(tensor.shape))
+    _check_surroundings({**theta, **batch, **context})
+    return Part(batch=batch, context=context, mask=mask)
+
+
+def _check_tensors(name: str, tensors: object) -> None:
+    kinds: object = type(tensors).__name__
+    if isinstance(tensors, Mapping):
+        kinds = {key: type(value).__name__ for key, value in tensors.items()}
+        if kinds and all(isinstance(value, Tensor) for value in tensors.values()):
+            return
+    check(False, name, "hold tensors by name, at least one", kinds)
+
+
+def _check_surroundings(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse modes in which there are no gradients, or sums would be rounded."""
+    without = torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors.values())
+    if without:
+        made = [name for name, tensor in tensors.items() if tensor.is_inference()]
+        raise UsageError(
+            "Per-sample gradients cannot be taken under torch.inference_mode, nor of tensors made "
+            f"there. Got {', '.join(made) or 'the mode enabled'}; use torch.no_grad instead."
+        )
+    device = next(iter(tensors.values())).device.type
+    if torch.is_autocast_enabled(device):
+        raise UsageError(
+            "Per-sample gradients must not be summed under torch.autocast, which would round the "
+            f"sums. Got autocast enabled for {device}; enter it inside `surrogate`."
+        )
+
+
 def batch_axes(batch: Mapping[str, Tensor]) -> tuple[int, int]:
     """Number of agents and of samples in a batch.
 
@@ -236,9 +390,7 @@ def batch_axes(batch: Mapping[str, Tensor]) -> tuple[int, int]:
     Raises:
         UsageError: If the tensors disagree, or there is nothing in them.
     """
-    kinds = {name: type(tensor).__name__ for name, tensor in batch.items()}
-    tensors = all(isinstance(tensor, Tensor) for tensor in batch.values())
-    check(tensors and len(batch) > 0, "batch", "hold tensors by name, at least one", kinds)
+    _check_tensors("batch", batch)
     shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
     leading = {shape[:2] for shape in shapes.values()}
     check(

@@ -65,6 +65,20 @@ class PerSample(ABC):
     def squares(self) -> Float[Tensor, " agent *shape"]:
         """Sum over samples of the squared coordinates."""
 
+    def _squares_of_formed(self, agents: int, samples: int) -> Float[Tensor, " agent *shape"]:
+        """The same by forming the gradients, no more at once than fit the memory of what is kept.
+
+        They may be far larger than their factors.
+        """
+        each = max(1, self.nbytes // (agents * samples))  # bytes kept of one gradient
+        formed = self.some(slice(0, 1)).rows()
+        size = _bytes(formed) // agents
+        step = max(1, samples * each // max(1, size))
+        total = formed.square().sum(1)
+        for start in range(1, samples, step):
+            total += self.some(slice(start, start + step)).rows().square().sum(1)
+        return total
+
     @abstractmethod
     def gram(self) -> Float[Tensor, "row row_other"]:
         """Inner products between all gradients; a row is agent * samples + sample."""
@@ -133,7 +147,7 @@ class Rows(PerSample):
         """See `PerSample.squared_norms`."""
         if self._lengths is not None:
             return self._lengths()
-        return _squared_length(self.values.reshape(*self.values.shape[:2], -1))
+        return _squared_length(self.values.reshape(*self.values.shape[:2], math.prod(self.shape)))
 
     def squares(self) -> Float[Tensor, " agent *shape"]:
         """See `PerSample.squares`."""
@@ -209,13 +223,13 @@ class Outer(PerSample):
             of_outputs = self._lengths() if self._lengths else _squared_length(d[:, :, 0])
             return _squared_length(a[:, :, 0]) * of_outputs
         if uses * (inputs + outputs) < inputs * outputs:
-            return ((a @ a.mT) * (d @ d.mT)).sum((-2, -1))
+            return ((a @ a.mT) * (d @ d.mT)).sum((-2, -1)).clamp(min=0)  # rounding may go below
         return _squared_length(self.rows().flatten(2))
 
     def squares(self) -> Float[Tensor, " agent *shape"]:
         """See `PerSample.squares`."""
         if self.inputs.shape[2] > 1:
-            return self.rows().square().sum(1)
+            return self._squares_of_formed(*self.inputs.shape[:2])
         return self.output_gradients[:, :, 0].square().mT @ self.inputs[:, :, 0].square()
 
     def gram(self) -> Float[Tensor, "row row_other"]:
@@ -276,23 +290,23 @@ class Lookup(PerSample):
 
     def squared_norms(self) -> Float[Tensor, "agent sample"]:
         """See `PerSample.squared_norms`."""
-        d = self.output_gradients.flatten(3)
+        d = self.output_gradients.reshape(*self.index.shape, math.prod(self.shape[1:]))
         if d.shape[2] == 1:
             return _squared_length(d[:, :, 0])
         same = self.index[..., :, None] == self.index[..., None, :]
-        return (same * (d @ d.mT)).sum((-2, -1))
+        return (same * (d @ d.mT)).sum((-2, -1)).clamp(min=0)
 
     def squares(self) -> Float[Tensor, " agent *shape"]:
         """See `PerSample.squares`."""
         if self.index.shape[2] > 1:
-            return self.rows().square().sum(1)
+            return self._squares_of_formed(*self.index.shape[:2])
         d = self.output_gradients.square()
         return self._scatter(self.index.flatten(1), d.flatten(1, 2))
 
     def gram(self) -> Float[Tensor, "row row_other"]:
         """See `PerSample.gram`."""
         index = self.index.flatten()
-        d = self.output_gradients.flatten(3).flatten(0, 2)
+        d = self.output_gradients.reshape(len(index), math.prod(self.shape[1:]))
         products = (index[:, None] == index[None, :]) * (d @ d.mT)
         return _sum_uses(products, self.index.shape[2])
 

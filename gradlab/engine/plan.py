@@ -7,6 +7,7 @@ from types import MethodType
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from gradlab.engine.general import general_gradients
@@ -69,7 +70,9 @@ def plan_for(
     known, function = _memo(surrogate if owner is None else owner)
     key = (function, engine, _shapes(theta, 0), _shapes(part.batch, 2), _shapes(part.context, 1))
     if key not in known:
-        known[key] = _found_out(surrogate, theta, part.span(0, 1), engine, warn=warn)
+        # A copy, so that a surrogate that writes over its sample is found out at no harm.
+        first = part.picked(torch.zeros(1, dtype=torch.int64, device=part.device))
+        known[key] = _found_out(surrogate, theta, first, engine, warn=warn)
     return known[key]
 
 
@@ -86,19 +89,57 @@ def gradients(
 
     Returns:
         The gradients of every parameter that the surrogate reads, by name.
+
+    Raises:
+        Unstructured: If the surrogate has come to read its parameters otherwise.
     """
     if plan.everything_formed:
         return general_gradients(surrogate, theta, part)
-    return structured_gradients(surrogate, theta, part, plan.formed)
+    found = structured_gradients(surrogate, theta, part, plan.formed)
+    unplanned = {name for name in found if plan.engines[name] == "unused"}
+    if unplanned:
+        raise Unstructured(unplanned)
+    return found
 
 
-def forget(surrogate: Surrogate) -> None:
-    """Drop what is remembered of a surrogate, which has come to read its parameters otherwise.
+def planned_gradients(
+    surrogate: Surrogate,
+    theta: Mapping[str, Tensor],
+    part: Part,
+    engine: Engine = "auto",
+    *,
+    owner: object = None,
+    warn: bool = True,
+) -> dict[str, PerSample]:
+    """Plan and take per-sample gradients; a remembered plan that no longer fits is made anew.
 
     Args:
         surrogate: The per-sample loss.
+        theta: Parameters [agent, ...] or [1, ...] by name.
+        part: The samples.
+        engine: As for `plan_for`.
+        owner: As for `plan_for`.
+        warn: As for `plan_for`.
+
+    Returns:
+        The gradients of every parameter that the surrogate reads, by name.
     """
-    _memo(surrogate)[0].clear()
+    plan = plan_for(surrogate, theta, part, engine, owner=owner, warn=warn)
+    try:
+        return gradients(surrogate, theta, part, plan)
+    except Unstructured:
+        forget(surrogate if owner is None else owner)
+    plan = plan_for(surrogate, theta, part, engine, owner=owner, warn=warn)
+    return gradients(surrogate, theta, part, plan)
+
+
+def forget(owner: object) -> None:
+    """Drop what is remembered of a surrogate, which has come to read its parameters otherwise.
+
+    Args:
+        owner: The per-sample loss, or what its plan was remembered with.
+    """
+    _memo(owner)[0].clear()
 
 
 def _memo(owner: object) -> tuple[dict[Any, Plan], object]:

@@ -1,9 +1,13 @@
 """Watching a per-sample function run under `vmap`: which parameters feed which known layers.
 
 The function runs once for all agents and samples, under two nested `torch.func.vmap`. Where a
-linear layer, a layer norm or an embedding reads a parameter, its inputs and its output are kept:
-with the loss's gradient at the output they give every sample's gradient of the parameter. A
+linear layer, a layer norm or a table's look-up reads a parameter, its inputs and its output are
+kept: with the loss's gradient at the output they give every sample's gradient of the parameter. A
 parameter that is read in any other way is reported, and its per-sample gradients must be formed.
+
+Known layers are computed with a parameter's twin, equal to it but a tensor of its own. The loss
+then depends on the parameter itself only through what was not recorded, so that no use is missed,
+not even one that torch does not announce (within scripted code, say, or a nested transform).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +36,8 @@ class Use:
         kind: "linear", "affine" (a layer norm's scale and shift) or "lookup".
         weight: Name of the parameter in the weight's place; None if something else stands there.
         bias: The same for the bias's place.
-        inputs: What the layer read, [agent, sample, *use, in]; for a lookup the rows' numbers
+        inputs: What the layer read, [agent, sample, *use, in], or [agent, sample, *use, *shape]
+            where a parameter of that shape scales it; for a lookup the rows' numbers
             [agent, sample, *use].
         version: How often their memory had been written when they were read.
         output: What it returned, as a place in the loss's graph: the tensor itself may since have
@@ -57,7 +62,7 @@ class Use:
             samples: Number of samples of each agent.
 
         Returns:
-            The gradient [agent, sample, *use, out].
+            The gradient [agent, sample, *use, ...].
         """
         return _arranged(gradient, self.place, agents, samples)
 
@@ -76,17 +81,22 @@ class Recorder(Rewrites):
         self.other: set[str] = set()
         self._sizes = (agents, samples)
         self._names: dict[int, str] = {}
+        self._twins: dict[str, Tensor] = {}
         self._zero: Tensor = torch.empty(0)
         self._inner, self._outer = -1, -1  # levels of the samples' and the agents' `vmap`
 
-    def watch(self, parameters: Mapping[str, Tensor], zero: Tensor) -> None:
+    def watch(
+        self, parameters: Mapping[str, Tensor], twins: Mapping[str, Tensor], zero: Tensor
+    ) -> None:
         """Name the tensors to look out for, as they appear inside both `vmap`.
 
         Args:
-            parameters: The parameters; the mapping must outlive the recording.
+            parameters: The parameters; the tensors must outlive the recording.
+            twins: What known layers are to compute with, by the same names.
             zero: The scalar 0 of every agent and sample.
         """
         self._names = {id(tensor): name for name, tensor in parameters.items()}
+        self._twins = dict(twins)
         self._zero = zero
         self._inner = _functorch.maybe_get_level(zero)
         self._outer = _functorch.maybe_get_level(_functorch.get_unwrapped(zero))
@@ -103,7 +113,8 @@ class Recorder(Rewrites):
         names = self._read(args)
         if kwargs:
             names += self._read(tuple(kwargs.values()))
-        if not names or rewrite_of(func, args) is not None:
+        constant = not torch.is_grad_enabled()
+        if not names or constant or rewrite_of(func, args, kwargs) is not None:
             return super().__torch_function__(func, types, args, kwargs)
         rule = _RULES.get(func)
         if rule is not None:
@@ -111,9 +122,14 @@ class Recorder(Rewrites):
             if output is not None:
                 return output
         output = func(*args, **kwargs)
-        if any(True for _ in _tensors(output)):  # else it only asked for a shape or the like
+        if any(self._has_gradient(tensor) for tensor in _tensors(output)):
             self.other.update(names)
         return output
+
+    def _has_gradient(self, tensor: Tensor) -> bool:
+        """Whether the loss's gradient may go through a tensor."""
+        below = self._below(tensor)
+        return below is None or below[0].requires_grad
 
     def _read(self, arguments: Sequence[Any]) -> list[str]:
         """Names of the parameters among a function's arguments."""
@@ -140,6 +156,18 @@ class Recorder(Rewrites):
         """
         return self._names.get(id(tensor))
 
+    def twin_of(self, tensor: Tensor) -> Tensor:
+        """What a known layer computes with.
+
+        Args:
+            tensor: What stands in a weight's or a bias's place.
+
+        Returns:
+            The twin of a parameter; another tensor itself.
+        """
+        name = self.name_of(tensor)
+        return tensor if name is None else self._twins[name]
+
     def is_per_sample(self, tensor: Tensor) -> bool:
         """Whether a tensor differs between agents and between samples, as far as `vmap` knows."""
         below = self._below(tensor)
@@ -163,8 +191,9 @@ class Recorder(Rewrites):
         if self.name_of(inputs) is not None:
             return None
         written = self._below(output)
-        if written is not None and None in written[1]:
-            # Equal for all samples (or agents): its gradient would come summed over them.
+        if written is not None and (None in written[1] or written[0]._is_view()):
+            # Equal for all samples (or agents): its gradient would come summed over them. A view's
+            # place in the graph is lost when it is written over.
             output = output + self._zero
             written = self._below(output)
         read = self._below(inputs)
@@ -222,10 +251,13 @@ def _tensors(tree: Any) -> Iterator[Tensor]:  # noqa: ANN401
 def _linear(
     recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor | None:
-    output = functional.linear(input, weight)
+    if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    output = functional.linear(input, recorder.twin_of(weight))
     if bias is not None:
+        own = recorder.twin_of(bias)
         # Where it can be done, in place: one tensor less to write and to read.
-        output = output.add_(bias) if recorder.is_per_sample(output) else output + bias
+        output = output.add_(own) if recorder.is_per_sample(output) else output + own
     return recorder.record("linear", input, output, weight, bias)
 
 
@@ -240,40 +272,22 @@ def _layer_norm(
     if recorder.name_of(input) is not None or weight is None:
         return None
     normed = functional.layer_norm(input, normalized_shape, eps=eps)
-    output = normed * weight
+    output = normed * recorder.twin_of(weight)
     if bias is not None:
-        output = output + bias
-    keep = len(normalized_shape)
-    # One axis for what is scaled, as every use has.
-    flat = recorder.record("affine", normed.flatten(-keep), output.flatten(-keep), weight, bias)
-    return None if flat is None else flat.unflatten(-1, normalized_shape)
-
-
-def _embedding(
-    recorder: Recorder,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor | None:
-    if padding_idx is not None or max_norm is not None or scale_grad_by_freq:
-        return None
-    output = functional.embedding(input, weight, norm_type=norm_type, sparse=sparse)
-    return recorder.record("lookup", input, output, weight)
+        output = output + recorder.twin_of(bias)
+    return recorder.record("affine", normed, output, weight, bias)
 
 
 def _index_select(recorder: Recorder, input: Tensor, dim: int, index: Tensor) -> Tensor | None:
     if dim != 0 or recorder.name_of(input) is None:
         return None
-    return recorder.record("lookup", index, torch.index_select(input, 0, index), input)
+    output = torch.index_select(recorder.twin_of(input), 0, index)
+    return recorder.record("lookup", index, output, input)
 
 
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     functional.linear: _linear,
     functional.layer_norm: _layer_norm,
-    functional.embedding: _embedding,
     torch.index_select: _index_select,
+    Tensor.index_select: _index_select,
 }

@@ -1,8 +1,8 @@
-"""Functions that `torch.func` cannot take apart, written out in ones that it can.
+"""Functions that `torch.func.vmap` refuses or gets wrong, in the form that it takes.
 
-torch's fused recurrent cells have no batching rule that keeps derivatives; the same equations (Cho
-et al., 2014, and Hochreiter & Schmidhuber, 1997, in cuDNN's form) in linear layers and gates do.
-A single number as an index makes torch ask for its value; selecting rows does not.
+Under `vmap` of per-sample parameters torch 2.13 drops an embedding's padding row and reads another
+sample's table where a row's number is out of range; asks for the value of a single number that
+stands as an index; and has no rule for fused recurrent layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +14,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from gradlab.checks import UsageError
+from gradlab.engine.recurrent import RECURRENT
 
-State: TypeAlias = tuple[Tensor, ...]
-"""A recurrent layer's state: (hidden,) of a GRU, (hidden, cell) of an LSTM."""
-
-Cell: TypeAlias = Callable[[Tensor, State, Tensor, Tensor | None], State]
-"""From the inputs' share of the gates, the state, and the state's weights and biases: the state."""
+Function: TypeAlias = Callable[..., Any]
 
 
 class Rewrites(TorchFunctionMode):
@@ -27,153 +24,157 @@ class Rewrites(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Function,
         types: Any,  # noqa: ANN401
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         """Called by torch in place of each of its functions."""
-        rewrite = rewrite_of(func, args)
+        kwargs = kwargs or {}
+        rewrite = rewrite_of(func, args, kwargs)
         if rewrite is None:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         with self:  # what it is made of may be of interest to a subclass
-            return rewrite(*args, **(kwargs or {}))
+            return rewrite(*args, **kwargs)
 
 
-def gru_step(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
-    """One step of a gated recurrent unit.
-
-    Args:
-        gates: The inputs' share of the reset, update and new gate [*batch, 3 hidden].
-        state: The state before, ([*batch, hidden],).
-        weight: Weights of the state [3 hidden, hidden].
-        bias: Biases [3 hidden].
-
-    Returns:
-        The state after.
-    """
-    (hidden,) = state
-    reset_in, update_in, new_in = gates.chunk(3, -1)
-    reset_h, update_h, new_h = functional.linear(hidden, weight, bias).chunk(3, -1)
-    update = torch.sigmoid(update_in + update_h)
-    new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_h) * new_h)
-    return (new + update * (hidden - new),)
-
-
-def lstm_step(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
-    """One step of a long short-term memory.
-
-    Args:
-        gates: The inputs' share of the input, forget, cell and output gate [*batch, 4 hidden].
-        state: The state before, (hidden, cell), each [*batch, hidden].
-        weight: Weights of the state [4 hidden, hidden].
-        bias: Biases [4 hidden].
-
-    Returns:
-        The state after.
-    """
-    hidden, cell = state
-    gates = gates + functional.linear(hidden, weight, bias)
-    enter, forget, new, out = gates.chunk(4, -1)
-    cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
-    return torch.sigmoid(out) * torch.tanh(cell), cell
-
-
-def _gru_cell(
-    input: Tensor,
-    hidden: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    return gru_step(functional.linear(input, w_ih, b_ih), (hidden,), w_hh, b_hh)[0]
-
-
-def _lstm_cell(
-    input: Tensor,
-    state: Sequence[Tensor],
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> State:
-    return lstm_step(functional.linear(input, w_ih, b_ih), tuple(state), w_hh, b_hh)
-
-
-def _gru(input: Tensor, hx: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    output, (last,) = _layers(gru_step, "GRU", input, (hx,), *rest)
-    return output, last
-
-
-def _lstm(input: Tensor, hx: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    output, last = _layers(lstm_step, "LSTM", input, tuple(hx), *rest)
-    return output, *last
-
-
-def _layers(
-    step: Cell,
-    kind: str,
-    input: Tensor,
-    state: State,
-    params: object,
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool = False,
-) -> tuple[Tensor, State]:
-    """Layers of a recurrent network over time, as torch's fused functions take them."""
-    each = 4 if has_biases else 2
-    plain = isinstance(params, tuple | list) and len(params) == num_layers * each
-    if bidirectional or (dropout > 0 and train) or not plain:
-        raise UsageError(
-            f"An {kind} under per-sample gradients must be unidirectional, without dropout, "
-            f"projections and packed sequences. Got bidirectional={bidirectional}, "
-            f"dropout={dropout}; for other forms, loop over torch.nn.{kind}Cell."
-        )
-    assert isinstance(params, tuple | list)
-    time = 1 if batch_first and input.dim() == 3 else 0
-    last: list[State] = []
-    for layer in range(num_layers):
-        w_ih, w_hh, *biases = params[layer * each : (layer + 1) * each]
-        b_ih, b_hh = biases if has_biases else (None, None)
-        now = tuple(part[layer] for part in state)
-        outputs = []
-        for gates in functional.linear(input, w_ih, b_ih).unbind(time):
-            now = step(gates, now, w_hh, b_hh)
-            outputs.append(now[0])
-        input = torch.stack(outputs, time)
-        last.append(now)
-    return input, tuple(torch.stack(parts) for parts in zip(*last, strict=True))
-
-
-def rewrite_of(func: Callable[..., Any], args: Sequence[object]) -> Callable[..., Any] | None:
+def rewrite_of(
+    func: Function, args: Sequence[object], kwargs: Mapping[str, object]
+) -> Function | None:
     """What to call in place of a function.
 
     Args:
         func: One of torch's functions.
         args: What it was called with.
+        kwargs: What it was called with by name.
 
     Returns:
         The rewrite; None if the function itself will do.
     """
     if func is Tensor.__getitem__:
-        index = args[1]
-        rows = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
-        return _rows if rows else None
+        return _getitem if _by_number(args[1]) else None
+    if func in _EXTREMA:
+        return _EXTREMA[func] if len(args) == 1 and not kwargs else None
     return _REWRITES.get(func)
 
 
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    rows = torch.index_select(tensor, 0, index.flatten())
-    return rows.view((*index.shape, *tensor.shape[1:]))
+def _is_number(index: object, *, single: bool) -> bool:
+    return (
+        isinstance(index, Tensor)
+        and index.dtype in (torch.int64, torch.int32)
+        and (index.dim() == 0 or not single)
+    )
 
 
-_REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.gru_cell: _gru_cell,
-    torch.lstm_cell: _lstm_cell,
-    torch.gru: _gru,
-    torch.lstm: _lstm,
+def _by_number(index: object) -> bool:
+    """Whether numbers in tensors pick what is indexed: rows, or one place of some axes."""
+    if not isinstance(index, tuple):
+        return _is_number(index, single=False)
+    return any(isinstance(part, Tensor) for part in index) and all(
+        _is_number(part, single=True)
+        or part is None
+        or part is Ellipsis
+        or isinstance(part, slice)
+        or (isinstance(part, int) and not isinstance(part, bool))
+        for part in index
+    )
+
+
+def _getitem(tensor: Tensor, index: Tensor | tuple[Any, ...]) -> Tensor:
+    if isinstance(index, Tensor):
+        return _rows(tensor, _from_start(index, tensor.shape[0]))
+    if isinstance(index[0], Tensor):
+        rows = _getitem(tensor, index[0])
+        return rows[index[1:]] if len(index) > 1 else rows
+    consumed = sum(part is not None and part is not Ellipsis for part in index)
+    axes, axis = [], 0
+    for part in index:
+        if isinstance(part, Tensor):
+            axes.append((axis, part))
+        if part is Ellipsis:
+            axis += tensor.dim() - consumed
+        elif part is None or isinstance(part, slice | Tensor):
+            axis += 1
+    picked = tensor[tuple(slice(None) if isinstance(part, Tensor) else part for part in index)]
+    for axis, number in reversed(axes):
+        rows = _from_start(number, picked.shape[axis]).reshape(1)
+        picked = torch.index_select(picked, axis, rows).squeeze(axis)
+    return picked
+
+
+def _from_start(index: Tensor, length: int) -> Tensor:
+    return torch.where(index < 0, index + length, index)
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    rows = torch.index_select(table, 0, index.flatten())
+    return rows.reshape((*index.shape, *table.shape[1:]))
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,  # noqa: ARG001
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,  # noqa: ARG001
+) -> Tensor:
+    if max_norm is not None or scale_grad_by_freq:
+        raise UsageError(
+            "An embedding under per-sample gradients must leave its table as it is and a sample's "
+            f"gradient to the sample. Got max_norm={max_norm}, "
+            f"scale_grad_by_freq={scale_grad_by_freq}; use neither."
+        )
+    rows = _rows(weight, input)
+    if padding_idx is None:
+        return rows
+    padding = (input == padding_idx % weight.shape[0])[..., None]
+    return torch.where(padding, rows.detach(), rows)
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 0:
+        raise UsageError(
+            "torch.nn.functional.one_hot under per-sample gradients must be given `num_classes`. "
+            "Got none, which would need all samples' values."
+        )
+    return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    if weight.numel() > 1 and input.dim() > 1:
+        weight = weight.reshape(-1, *[1] * (input.dim() - 2))
+    return torch.where(input > 0, input, weight * input)
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    groups = input.reshape(len(input), num_groups, -1)
+    output = functional.layer_norm(groups, groups.shape[-1:], eps=eps).reshape(input.shape)
+    channels = (-1, *[1] * (input.dim() - 2))
+    if weight is not None:
+        output = output * weight.reshape(channels)
+    return output if bias is None else output + bias.reshape(channels)
+
+
+_REWRITES: dict[Function, Function] = {
+    **RECURRENT,
+    functional.embedding: _embedding,
+    functional.one_hot: _one_hot,
+    functional.prelu: _prelu,
+    functional.group_norm: _group_norm,
+}
+
+_EXTREMA: dict[Function, Function] = {
+    # Of several equal values `vmap` gives one the whole gradient; torch otherwise divides it.
+    torch.max: torch.amax,
+    torch.min: torch.amin,
+    Tensor.max: torch.amax,
+    Tensor.min: torch.amin,
 }

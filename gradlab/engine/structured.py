@@ -25,6 +25,7 @@ from gradlab.engine.part import (
     checked_loss,
     explained,
     masked,
+    unwritten,
     without_agent_axis,
 )
 from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows, SquaredLengths
@@ -70,43 +71,60 @@ def structured_gradients(
             leaf = tensor[:, None] if own else tensor[None, None]
             leaf = leaf.expand(agents, samples, *tensor.shape[1 if own else 0 :])
         leaves[name] = leaf.detach().requires_grad_()
+    twins = {n: t.detach().requires_grad_() for n, t in leaves.items() if n not in formed}
     axes |= dict.fromkeys(formed, 0)
     recorder = Recorder(agents, samples)
     held = {**part.batch, **part.context}
+    per_agent = [name for name in leaves if axes[name] == 0]
+    twins_per_agent = [name for name in per_agent if name in twins]
 
-    def watched(zero: Tensor, *tensors: Tensor) -> Tensor:  # flat: `vmap` walks its arguments
-        theta = dict(zip(leaves, tensors, strict=False))
-        recorder.watch({n: t for n, t in theta.items() if n not in formed}, zero)
-        sample = dict(zip(held, tensors[len(leaves) :], strict=True))
-        return checked_loss(surrogate, theta, sample, recorder)
+    # `vmap` walks its arguments, so each level is handed what differs there and nothing else.
+    def of_agent(zero: Tensor, *tensors: Tensor) -> Tensor:
+        each = iter(tensors)
+        mine = leaves | dict(zip(per_agent, each, strict=False))
+        doubles = twins | dict(zip(twins_per_agent, each, strict=False))
+        seen = dict(zip(held, each, strict=True))
 
-    of_samples = (0 if name in formed else None for name in leaves)
-    of_held = (0 if name in part.batch and name not in part.context else None for name in held)
-    over_samples = vmap(watched, in_dims=(0, *of_samples, *of_held))
-    over_agents = vmap(over_samples, in_dims=(0, *axes.values(), *[0] * len(held)))
+        def of_sample(zero: Tensor, *tensors: Tensor) -> Tensor:
+            each = iter(tensors)
+            theta = mine | dict(zip(formed, each, strict=False))
+            sample = seen | dict(zip(part.batch, each, strict=True))
+            recorder.watch({name: theta[name] for name in doubles}, doubles, zero)
+            return checked_loss(surrogate, theta, sample, recorder)
+
+        of_samples = [mine[name] for name in formed] + [seen[name] for name in part.batch]
+        losses: Tensor = vmap(of_sample)(zero, *of_samples)
+        return losses
+
+    of_agents = [leaves[name] for name in per_agent] + [twins[name] for name in twins_per_agent]
     zero = next(iter(leaves.values())).new_zeros(agents, samples)
-    with torch.enable_grad(), explained():
-        losses = over_agents(zero, *leaves.values(), *held.values())
+    with torch.enable_grad(), explained(), unwritten({**theta, **held}):
+        losses = vmap(of_agent)(zero, *of_agents, *held.values())
         _refuse_others(recorder)
-        wanted: list[Any] = [leaves[name] for name in formed]
-        wanted += [use.output for use in recorder.uses]
         total = masked(losses, part.mask).sum()
-        if not wanted or not total.requires_grad:
+        if not total.requires_grad:
             return {}
-        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+        uses: list[Any] = [use.output for use in recorder.uses]
+        wanted = {n: leaves[n] for n in (*formed, *twins)}
+        gradients = torch.autograd.grad(total, [*uses, *wanted.values()], allow_unused=True)
+    of_leaves = dict(zip(wanted, gradients[len(uses) :], strict=True))
+    missed = {name for name in twins if of_leaves[name] is not None}
+    if missed:
+        raise Unstructured(missed)
     found: dict[str, PerSample] = {
         name: Rows(masked(gradient, part.mask))
-        for name, gradient in zip(formed, gradients, strict=False)
+        for name, gradient in of_leaves.items()
         if gradient is not None
     }
     by_name: dict[str, list[tuple[Use, SquaredLengths, bool]]] = defaultdict(list)
-    for use, gradient in zip(recorder.uses, gradients[len(formed) :], strict=True):
+    for use, gradient in zip(recorder.uses, gradients, strict=False):
         if gradient is None:
             continue
+        gradient = gradient.to(zero.dtype)  # an autocast layer's is of lower precision
         d = SquaredLengths(masked(use.arrange(gradient, agents, samples), part.mask))
-        if part.mask is not None and use.kind != "lookup":
+        if use.kind != "lookup" and (part.mask is not None or use.inputs.dtype != zero.dtype):
             # what was read for a sample that does not exist may be NaN
-            use = replace(use, inputs=masked(use.inputs, part.mask))
+            use = replace(use, inputs=masked(use.inputs.to(zero.dtype), part.mask))
         for read, is_bias in ((use.weight, False), (use.bias, True)):
             if read is not None:
                 by_name[read].append((use, d, is_bias))
@@ -141,16 +159,17 @@ def _joined(uses: list[tuple[Use, SquaredLengths, bool]], shape: torch.Size) -> 
         if is_bias:
             return Rows(only.vectors, only)
         return Outer(first.inputs[:, :, None], only.vectors[:, :, None], only)
-    own = len(shape) - 1 if first.kind == "lookup" else 1  # axes of what one use returns
+    own = len(shape)  # axes of what one use returns
+    if not is_bias:
+        own = {"linear": 1, "affine": own, "lookup": own - 1}[first.kind]
     d = _side_by_side([_with_one_use_axis(d.vectors, own) for _, d, _ in uses])
     if is_bias:
-        return Rows(_sum_of_uses(d).unflatten(-1, shape))
+        return Rows(_sum_of_uses(d))
+    read = 0 if first.kind == "lookup" else own
+    a = _side_by_side([_with_one_use_axis(use.inputs, read) for use, *_ in uses])
     if first.kind == "lookup":
-        return Lookup(_side_by_side([_with_one_use_axis(u.inputs, 0) for u, *_ in uses]), d, shape)
-    a = _side_by_side([_with_one_use_axis(use.inputs, 1) for use, *_ in uses])
-    if first.kind == "affine":
-        return Rows(_sum_of_uses(a * d).unflatten(-1, shape))
-    return Outer(a, d)
+        return Lookup(a, d, shape)
+    return Rows(_sum_of_uses(a * d)) if first.kind == "affine" else Outer(a, d)
 
 
 def _with_one_use_axis(tensor: Tensor, own: int) -> Tensor:
