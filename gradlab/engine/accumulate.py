@@ -205,7 +205,7 @@ class _Sums:
         size = math.prod(gradient.shape)
         if isinstance(gradient, Outer) and gradient.numbers_per_sample * samples < size:
             return FactoredSums(self.like, self.agents, clusters, gradient.shape)
-        return FormedSums.empty(self.like, self.agents, clusters, gradient.shape)
+        return FormedSums.empty(self.like, self.agents, clusters, samples, gradient.shape)
 
     def moments(self) -> Moments:
         """What was added up."""

@@ -148,21 +148,28 @@ class FormedSums(ClusterSums):
         self.values = values
         self.shape = values.shape[2:]
         self._begun: set[tuple[int, int]] = set()
+        self._precision = values.dtype
 
     @classmethod
-    def empty(cls, like: Tensor, agents: int, clusters: int, shape: torch.Size) -> "FormedSums":
+    def empty(
+        cls, like: Tensor, agents: int, clusters: int, samples: int, shape: torch.Size
+    ) -> "FormedSums":
         """Room for sums, each of which is to be added to at least once.
 
         Args:
-            like: A tensor of the same dtype and device.
+            like: A tensor of the gradients' dtype and device.
             agents: Number of agents.
             clusters: Number of clusters.
+            samples: Number of samples of the largest cluster; sums of very many are in float64.
             shape: The parameter's shape.
 
         Returns:
             Sums without values yet.
         """
-        return cls(like.new_empty(agents, clusters, *shape))
+        precision = torch.float64 if samples > EXACT else like.dtype
+        sums = cls(like.new_empty(agents, clusters, *shape, dtype=precision))
+        sums._precision = like.dtype
+        return sums
 
     @property
     def like(self) -> Tensor:
@@ -172,8 +179,18 @@ class FormedSums(ClusterSums):
     def add(self, gradient: PerSample, clusters: slice) -> None:
         """See `ClusterSums.add`."""
         key = (clusters.start, clusters.stop)
-        gradient.add_sums(self.values[:, clusters], fresh=key not in self._begun)
+        fresh = key not in self._begun
         self._begun.add(key)
+        values = self.values[:, clusters]
+        if values.dtype == self._precision:
+            gradient.add_sums(values, fresh=fresh)
+            return
+        part = torch.empty_like(values, dtype=self._precision)
+        gradient.add_sums(part, fresh=True)
+        if fresh:
+            values.copy_(part)
+        else:
+            values += part
 
     def form(
         self,

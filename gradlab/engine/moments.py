@@ -168,7 +168,8 @@ class Moments:
             engines=engines,
             copies=copies,
             copy_count=total(count),
-            copy_sums={name: FormedSums(total(tensor)) for name, tensor in by_copy.items()},
+            # float64, as some of the processes may have them
+            copy_sums={n: FormedSums(total(tensor.double())) for n, tensor in by_copy.items()},
             **sums,
         )
 

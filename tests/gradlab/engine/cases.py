@@ -33,6 +33,7 @@ class Case:
     surrogate: object
     batch: dict[str, Tensor]
     context: dict[str, Tensor] = field(default_factory=dict)
+    networks: tuple[MLP, ...] = ()
 
     @property
     def theta(self):
@@ -71,7 +72,8 @@ def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
         fixed = make(q)(torch.arange(AGENTS))
         context = {CRITIC + n: t.detach().expand(AGENTS, *t.shape[1:]) for n, t in fixed.items()}
         box = Box(low=box.low.to(dtype), high=box.high.to(dtype))
-        return Case(make(actor), deterministic_actor_loss(actor, q, box), batch, context)
+        loss = deterministic_actor_loss(actor, q, box)
+        return Case(make(actor), loss, batch, context, (actor, q))
     batch["action"] = (
         draw(2) if space is box else torch.randint(4, (AGENTS, samples), generator=random)
     )

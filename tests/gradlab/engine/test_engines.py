@@ -1,8 +1,11 @@
+import functools
+
 import pytest
 import torch
 from cases import DECOUPLED, SURROGATES, case
 from reference import moments as reference_moments
 from reference import theta_gradients
+from torch.nn import functional
 
 from gradlab.engine.accumulate import gradient_moments
 
@@ -23,24 +26,39 @@ def check(found, expected, copy=None):
         torch.testing.assert_close(across, expected["across"], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("budget", [1, 2**20], ids=["parts", "whole"])
+@functools.cache
+def with_loops(method, surrogate):
+    """A case, its parameters, and its per-sample gradients by loops."""
+    c = case(method, surrogate)
+    return c, c.theta, theta_gradients(c.surrogate, c.theta, c.batch, c.context)
+
+
+@pytest.mark.parametrize(
+    ("budget", "mask"),
+    [(2**20, None), (1, None), (1, MASK)],
+    ids=["whole", "parts", "parts masked"],
+)
 @pytest.mark.parametrize("engine", ["auto", "general"])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("method", DECOUPLED)
-def test_engine_equals_a_loop_over_samples(method, surrogate, engine, budget):
-    c = case(method, surrogate)
-    gradients = theta_gradients(c.surrogate, c.theta, c.batch, c.context)
+def test_engine_equals_a_loop_over_samples(method, surrogate, engine, budget, mask):
+    c, theta, gradients = with_loops(method, surrogate)
+    if mask is not None:
+        gradients = {
+            name: g * mask.view(*mask.shape, *[1] * (g.dim() - 2)) for name, g in gradients.items()
+        }
     found = gradient_moments(
         c.surrogate,
-        c.theta,
+        theta,
         c.batch,
+        mask=mask,
         context=c.context,
         coordinates=True,
         copy=COPY,
         engine=engine,
         budget=budget,
     )
-    check(found, reference_moments(gradients, found.layout.layer_of, copy=COPY), COPY)
+    check(found, reference_moments(gradients, found.layout.layer_of, mask, COPY), COPY)
     wanted = {"general"} if engine == "general" else {"structured"}
     assert {e for n, e in found.engines.items() if n != "log_std"} == wanted
 
@@ -83,16 +101,34 @@ def test_one_agent_is_enough():
     check(found, reference_moments(gradients, found.layout.layer_of, copy=COPY), COPY)
 
 
-def test_float32_sums_of_many_samples_stay_exact():
-    samples = 10**6 // 4
-    c = case("fups", "value", dtype=torch.float32, samples=samples)
-    c.batch["target"] += 3  # a mean far from 0 is what a running float32 sum loses
-    exact = gradient_moments(
-        c.surrogate,
-        {name: t.double() for name, t in c.theta.items()},
-        {name: t.double() for name, t in c.batch.items()},
-    )
-    found = gradient_moments(c.surrogate, c.theta, c.batch)
-    scale = exact.squared_norm.sum(1).div(samples).sqrt().mul(samples)[:, None]
+@pytest.mark.parametrize(
+    ("engine", "copies"), [("auto", 0), ("general", 0), ("auto", 3), ("general", 1), ("auto", 1000)]
+)
+def test_float32_sums_of_a_million_samples_stay_exact(engine, copies):
+    samples = 10**6
+    random = torch.Generator().manual_seed(0)
+    theta = {"w": torch.randn(1, 1, 4, generator=random), "b": torch.zeros(1, 1)}
+    batch = {
+        "x": torch.randn(1, samples, 4, generator=random),
+        # a mean far from 0 is what a running float32 sum loses
+        "target": torch.randn(1, samples, generator=random) + 3,
+    }
+    copy = torch.arange(samples) % copies if copies else None
+
+    def loss(theta, sample):
+        value = functional.linear(sample["x"], theta["w"], theta["b"]).squeeze(-1)
+        return (value - sample["target"]).square()
+
+    def moments(dtype):
+        given = [{n: t.to(dtype) for n, t in tensors.items()} for tensors in (theta, batch)]
+        return gradient_moments(loss, *given, copy=copy, coordinates=True, engine=engine)
+
+    exact, found = moments(torch.float64), moments(torch.float32)
+    scale = exact.square.mul(samples).sqrt()  # of a sum whose terms all have one sign
     assert ((found.sum - exact.sum).abs() / scale).max() < 3e-7  # float32's epsilon is 1.2e-7
-    torch.testing.assert_close(found.squared_norm, exact.squared_norm, rtol=1e-6, atol=0)
+    for name in ("squared_norm", "square"):
+        ours, theirs = getattr(found, name), getattr(exact, name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    if copies:
+        for ours, theirs in zip(found.copy_products(), exact.copy_products(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6 * theirs.abs().max().item())
