@@ -42,13 +42,10 @@ def deterministic_actor_loss(actor: MLP, critic: MLP, box: Box) -> Surrogate:
         A function of the actor's parameters and samples that returns each sample's loss. Samples
         hold `observation` and, by name under the prefix `CRITIC`, the critic's parameters.
     """
+    parameters = [f"{layer}.{kind}" for layer in critic.layers for kind in ("weight", "bias")]
 
     def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
-        fixed = {
-            name.removeprefix(CRITIC): tensor
-            for name, tensor in sample.items()
-            if name.startswith(CRITIC)
-        }
+        fixed = {name: sample[CRITIC + name] for name in parameters}
         middle, half = (box.high + box.low) / 2, (box.high - box.low) / 2
         action = middle + half * torch.tanh(actor.forward(theta, sample["observation"]))
         return -_value(critic, fixed, sample["observation"], action)
