@@ -24,7 +24,7 @@ from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, Surrogate, Theta, batch_axes, masked
 from gradlab.engine.per_sample import PerSample, Rows
-from gradlab.engine.plan import Engine, gradients, plan_for
+from gradlab.engine.plan import Engine, planned_gradients
 from gradlab.factorisation import OBSERVATION, factorise, reads_observation
 from gradlab.parameters import ParameterLayout, owning_module
 
@@ -234,14 +234,23 @@ def policy_parameters(generator: nn.Module, agents: int) -> Theta:
 
     Returns:
         Tensors by name, [agent, ...], or [1, ...] where the agents share one.
+
+    Raises:
+        UsageError: If it makes none for one of the agents, or other ones for each sample.
     """
     if reads_observation(generator):
         raise UsageError(
             "`generator` must not read the observation here: it has other parameters, and another "
             "J_i, for each sample. Use gradlab.factorise."
         )
-    with torch.no_grad():
-        theta = generator(_numbers(generator, agents))
+    try:
+        with torch.no_grad():
+            theta = generator(_numbers(generator, agents))
+    except IndexError as error:
+        raise UsageError(
+            f"`generator` must make parameters for all of the batch's {agents} agents, 0 to "
+            f"{agents - 1}. Got for one of them: {error}."
+        ) from error
     return {name: tensor.detach() for name, tensor in theta.items()}
 
 
@@ -275,8 +284,7 @@ def contributions(
             (t.squeeze(0) * sample[f"z/{n}"]).sum() for n, t in theta.items()
         ]).sum()
 
-    plan = plan_for(product, psi, part, owner=generator, warn=False)
-    return gradients(product, psi, part, plan)
+    return planned_gradients(product, psi, part, owner=generator, warn=False)
 
 
 def _numbers(generator: nn.Module, agents: int) -> Int[Tensor, " agent"]:

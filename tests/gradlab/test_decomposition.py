@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -125,3 +127,31 @@ def test_variance_split_sums_to_the_total():
     total = (rows - rows.mean(0)).square().sum(-1).mean()
     whole = split.sel(layer="all")
     assert whole.variance_within + whole.variance_between == pytest.approx(total.item(), rel=1e-9)
+
+
+def test_a_generator_that_comes_to_use_its_parameters_otherwise_is_still_exact():
+    class Changing(torch.nn.Module):
+        tied = False
+
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(AGENTS, 4)
+            self.head = torch.nn.Linear(4, 10)
+
+        def forward(self, agents):
+            features = self.table(agents)
+            weight = self.head(features)
+            if self.tied:
+                weight = weight + torch.tanh(features @ self.head.weight.T)
+            return {"w": weight.view(-1, 2, 5)}
+
+    torch.manual_seed(0)
+    generator, batch = Changing().double(), case("fups", "discrete")[2]
+
+    def surrogate(theta, sample):
+        return torch.tanh(theta["w"] @ sample["observation"]).square().sum()
+
+    for generator.tied in (False, True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the weight read by @ is formed
+            assert decompose(generator, surrogate, batch).residual < 1e-10

@@ -162,3 +162,19 @@ def test_decompose_passes_the_checks_on(method):
         changed, message = SHARED[name]
         arguments = {"batch": BATCH} | changed
         refused(lambda arguments=arguments: decompose(generator, surrogate, **arguments), message)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fups"])
+def test_an_agent_out_of_range_is_named(method):
+    random = torch.Generator().manual_seed(0)
+    mlp = MLP(sizes=(6, 4, 3), activation="tanh", head_gain=1.0)
+    generator = METHODS[method](mlp, 2, random, HypernetworkConfig())
+    batch = {"observation": torch.ones(3, SAMPLES, 6)}  # of agent 2 as well
+
+    def surrogate(theta, sample):
+        return mlp.forward(theta, sample["observation"]).square().sum()
+
+    message = (
+        "`generator` must make parameters for all of the batch's 3 agents|must look up numbers"
+    )
+    refused(lambda: decompose(generator, surrogate, batch), message)
