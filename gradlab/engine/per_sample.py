@@ -291,8 +291,11 @@ class Lookup(PerSample):
     def squared_norms(self) -> Float[Tensor, "agent sample"]:
         """See `PerSample.squared_norms`."""
         d = self.output_gradients.reshape(*self.index.shape, math.prod(self.shape[1:]))
-        if d.shape[2] == 1:
+        uses = d.shape[2]
+        if uses == 1:
             return _squared_length(d[:, :, 0])
+        if uses**2 > math.prod(self.shape):
+            return _squared_length(self.rows().flatten(2))
         same = self.index[..., :, None] == self.index[..., None, :]
         return (same * (d @ d.mT)).sum((-2, -1)).clamp(min=0)
 

@@ -8,7 +8,7 @@ from gradlab.engine.accumulate import gradient_moments
 
 
 def assert_agrees(loss, theta, batch, mask=None, engine="auto", context=None):
-    """Compare all sums, also those by copy, and return the moments."""
+    """Compare all sums, also those by copy and those of single samples, and return the moments."""
     agents, samples = next(iter(batch.values())).shape[:2]
     copy = torch.arange(samples) // 2
     gradients = theta_gradients(loss, theta, batch, context, mask)
@@ -18,8 +18,13 @@ def assert_agrees(loss, theta, batch, mask=None, engine="auto", context=None):
     expected = reference_moments(gradients, found.layout.layer_of, mask, copy)
     assert found.count.tolist() == expected["count"].tolist()
     assert len(found.count) == agents
+    in_parts = gradient_moments(
+        loss, theta, batch, mask=mask, context=context, coordinates=True, engine=engine, budget=1
+    )
     for name in ("sum", "square", "squared_norm"):
-        torch.testing.assert_close(getattr(found, name), expected[name], rtol=1e-10, atol=1e-10)
+        for moments in (found, in_parts):
+            ours = getattr(moments, name)
+            torch.testing.assert_close(ours, expected[name], rtol=1e-10, atol=1e-10)
     within, across = found.copy_products()
     torch.testing.assert_close(within, expected["within"], rtol=1e-10, atol=1e-9)
     torch.testing.assert_close(across, expected["across"], rtol=1e-10, atol=1e-9)

@@ -157,6 +157,19 @@ def test_the_first_sample_that_is_not_finite_is_found_layer_by_layer(copy, engin
         assert found.layout.layers == ("first", "last")
         assert found.non_finite.tolist() == [[2, 0], [0, 2]]
         assert found.first_non_finite.tolist() == [[2, -1], [-1, 4]]
+    fine = gradient_moments(
+        loss, theta, {n: torch.ones_like(t) for n, t in batch.items()}, copy=copy, engine=engine
+    )
+    later = gradient_moments(
+        loss, theta, {n: t.flip(1) for n, t in batch.items()}, copy=copy, engine=engine
+    )
+    assert later.first_non_finite.tolist() == [[2, -1], [-1, 0]]
+    for first, second, expected in (
+        (found, later, [[2, -1], [-1, 4]]),
+        (later, found, [[2, -1], [-1, 0]]),
+        (fine, found, [[2, -1], [-1, 4]]),
+    ):
+        assert first.merge(second).first_non_finite.tolist() == expected
     exists = torch.ones(2, SAMPLES, dtype=torch.bool)
     exists[0, [2, 7]] = False
     found = gradient_moments(loss, theta, batch, copy=copy, engine=engine, mask=exists)
