@@ -22,9 +22,11 @@ from torch.func import functional_call, vmap
 from gradlab.checks import UsageError
 from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
 from gradlab.engine.moments import Moments
-from gradlab.engine.part import Part, Surrogate, Theta, batch_axes, masked
+from gradlab.engine.part import Part, batch_axes, in_precision, masked
 from gradlab.engine.per_sample import PerSample, Rows
 from gradlab.engine.plan import Engine, planned_gradients
+from gradlab.engine.rewrites import Rewrites
+from gradlab.engine.surrogate import Surrogate, Theta, checked_loss, explained
 from gradlab.factorisation import OBSERVATION, factorise, reads_observation
 from gradlab.parameters import ParameterLayout, owning_module
 
@@ -69,29 +71,12 @@ class Decomposition:
     @property
     def g(self) -> Float[Tensor, "agent psi"]:
         """g_i = J_i^T Z_i, agent i's contribution to the gradient of the trained parameters."""
-        like = self.moments.sum
-        return self.psi_layout.flatten({
-            name: self.contributions[name].rows()[0]
-            if name in self.contributions
-            else like.new_zeros(self.agents, *shape, dtype=self._dtype)
-            for name, shape in self.psi_layout.shapes.items()
-        })
+        return self.psi_layout.flatten({n: p.rows()[0] for n, p in self.contributions.items()})
 
     @property
     def total(self) -> Float[Tensor, " psi"]:
         """The sum of all g_i, formed without them."""
-        like = self.moments.sum
-        return self.psi_layout.flatten({
-            name: self.contributions[name].sum()[0]
-            if name in self.contributions
-            else like.new_zeros(shape, dtype=self._dtype)
-            for name, shape in self.psi_layout.shapes.items()
-        })
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        found = next(iter(self.contributions.values()), None)
-        return self.moments.sum.dtype if found is None else found.sum().dtype
+        return self.psi_layout.flatten({n: p.sum()[0] for n, p in self.contributions.items()})
 
     def gram_theta(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
         """Inner products Z_i . Z_k by policy layer, in float64."""
@@ -217,12 +202,9 @@ def _take_apart(
 def _first(part: Part, samples: int, generator: nn.Module) -> Part:
     """The first samples of every agent, in a generator's precision."""
     dtype = next(generator.parameters()).dtype
-
-    def precise(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-
     part = part.span(0, samples)
-    return replace(part, batch=precise(part.batch), context=precise(part.context))
+    batch, context = in_precision(part.batch, dtype), in_precision(part.context, dtype)
+    return replace(part, batch=batch, context=context)
 
 
 def policy_parameters(generator: nn.Module, agents: int) -> Theta:
@@ -284,7 +266,11 @@ def contributions(
             (t.squeeze(0) * sample[f"z/{n}"]).sum() for n, t in theta.items()
         ]).sum()
 
-    return planned_gradients(product, psi, part, owner=generator, warn=False)
+    found = planned_gradients(product, psi, part, owner=generator, warn=False)
+    return {  # what no policy parameter is made of has no part in the gradient
+        name: found.get(name, Rows(tensor.new_zeros(()).expand(1, rows, *tensor.shape[1:])))
+        for name, tensor in psi.items()
+    }
 
 
 def _numbers(generator: nn.Module, agents: int) -> Int[Tensor, " agent"]:
@@ -306,9 +292,9 @@ def _residual(
     per_sample = reads_observation(generator)
 
     def loss(theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor]) -> Tensor:
-        return surrogate(theta, {**sample, **context})
+        return checked_loss(surrogate, theta, {**sample, **context}, Rewrites())
 
-    with torch.enable_grad():
+    with torch.enable_grad(), explained():
         if per_sample:
             observation = part.batch[OBSERVATION].flatten(0, 1)
             repeated = numbers.repeat_interleave(samples)
@@ -330,8 +316,6 @@ def _residual(
     differences, sizes = [], []
     for name, reference in zip(psi, plain, strict=True):
         sizes.append(torch.linalg.vector_norm(reference))
-        if name in pulled:
-            reference.sub_(pulled[name].sum()[0])
-        differences.append(torch.linalg.vector_norm(reference))
+        differences.append(torch.linalg.vector_norm(reference.sub_(pulled[name].sum()[0])))
     difference, scale = (float(torch.stack(norms).norm()) for norms in (differences, sizes))
     return difference / scale if scale > 0 else difference

@@ -155,3 +155,30 @@ def test_a_generator_that_comes_to_use_its_parameters_otherwise_is_still_exact()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the weight read by @ is formed
             assert decompose(generator, surrogate, batch).residual < 1e-10
+
+
+class Recurrent(torch.nn.Module):
+    """Full parameter sharing of a GRU's parameters, one of which no policy reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = torch.nn.GRU(2, 3, batch_first=True)
+        self.idle = torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, agents):  # noqa: ARG002
+        return {name: p[None] for name, p in self.cell.named_parameters()}
+
+
+def test_recurrent_surrogate_has_a_residual_and_idle_parameters_no_gradient():
+    torch.manual_seed(0)
+    generator = Recurrent().double()
+
+    def loss(theta, sample):
+        return functional_call(generator.cell, theta, (sample["x"],))[0].square().sum()
+
+    x = torch.randn(2, 3, 5, 2, dtype=torch.float64)  # [agent, segment, time, feature]
+    d = decompose(generator, loss, {"x": x})
+    assert d.residual < 1e-12
+    assert d.g.shape == (2, sum(p.numel() for p in generator.parameters()))
+    assert not d.psi_layout.unflatten(d.total)["idle"].any()
+    assert not d.gram_psi()["idle"].any()
