@@ -4,12 +4,11 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Generator as RandomGenerator
 from torch import Tensor
 
 from gradlab.checks import UsageError
 from trainers.generators.hypernetwork import HyperNetwork
-from trainers.networks import MLP, Theta
+from trainers.networks import Theta
 
 
 class CoupledHyperNetwork(HyperNetwork):
@@ -19,28 +18,6 @@ class CoupledHyperNetwork(HyperNetwork):
     """
 
     reads_observation: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        mlp: MLP,
-        agents: int,
-        random: RandomGenerator,
-        *,
-        embedding_size: int | None,
-        hidden: tuple[int, ...],
-        scaled_init: bool,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(
-            mlp,
-            agents,
-            random,
-            embedding_size=embedding_size,
-            hidden=hidden,
-            scaled_init=scaled_init,
-            bias=bias,
-            observation_size=mlp.sizes[0],
-        )
 
     def forward(
         self, agents: Int[Tensor, " n"], observation: Float[Tensor, "n obs"] | None = None

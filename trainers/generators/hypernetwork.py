@@ -31,7 +31,6 @@ class HyperNetwork(Generator):
         hidden: tuple[int, ...],
         scaled_init: bool,
         bias: bool = True,
-        observation_size: int = 0,
     ) -> None:
         """Draw the initial parameters.
 
@@ -43,8 +42,6 @@ class HyperNetwork(Generator):
             hidden: Widths of the trunks' ReLU layers.
             scaled_init: Scale the weight heads to PPO's gains, see `gain_scales`.
             bias: Give the heads a bias, the part of a policy that all agents share.
-            observation_size: Length of what the trunks read before the embedding; it is 0 as far
-                as the initial scale goes.
         """
         super().__init__(mlp, agents)
         self.embedding: Tensor
@@ -62,8 +59,9 @@ class HyperNetwork(Generator):
             for kind, shape in (("weight", (outputs, inputs)), ("bias", (outputs,)))
         }
         self.parts = nn.ModuleDict()
-        self.observation_size = observation_size
-        nothing = torch.zeros(agents, observation_size)
+        # What the trunks read before the embedding; 0 as far as the initial scale goes.
+        self.observation_size = mlp.sizes[0] if self.reads_observation else 0
+        nothing = torch.zeros(agents, self.observation_size)
         inputs = torch.cat([nothing, self.embedding.detach()], dim=1)
         for name, shape in self.shapes.items():
             widths = (inputs.shape[1], *hidden)
