@@ -206,8 +206,11 @@ class Outer(PerSample):
             factor.unflatten(1, (out.shape[1], -1)).flatten(2, 3)
             for factor in (self.inputs, self.output_gradients)
         )
-        if out.shape[1] == 1 and not fresh:
-            out[:, 0].baddbmm_(d[:, 0].mT, a[:, 0])
+        if out.shape[1] == 1 and out.is_contiguous():  # one product of all agents
+            if fresh:
+                torch.bmm(d[:, 0].mT, a[:, 0], out=out[:, 0])
+            else:
+                out[:, 0].baddbmm_(d[:, 0].mT, a[:, 0])
             return
         for agent, sums in enumerate(out):  # contiguous, so that one batched product fills it
             if fresh:
