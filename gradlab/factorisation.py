@@ -17,8 +17,9 @@ from torch.func import functional_call
 from gradlab.checks import check
 from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
 from gradlab.engine.moments import Moments
-from gradlab.engine.part import Part, Surrogate, Theta, batch_axes
+from gradlab.engine.part import Part, batch_axes
 from gradlab.engine.plan import plan_for
+from gradlab.engine.surrogate import Surrogate, Theta
 from gradlab.parameters import ParameterLayout, owning_module
 
 OBSERVATION = "observation"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gradlab.decomposition import decompose
 from gradlab.engine.moments import Moments
-from gradlab.engine.part import Surrogate
+from gradlab.engine.part import in_precision
+from gradlab.engine.surrogate import Surrogate
 from gradlab.metrics.interference import measure_interference
 from gradlab.metrics.variance import measure_variance
 from gradlab.quantity import Quantity, join
@@ -75,7 +76,9 @@ class Probe:
         for name, network in self.networks.items():
             precise = self._copies[name].refreshed()
             if self.level == "light":
-                parts = decompose(precise, network.surrogate, in_float64(batches[name]))
+                parts = decompose(
+                    precise, network.surrogate, in_precision(batches[name], torch.float64)
+                )
             else:
                 parts = decompose(
                     network.generator,
@@ -166,18 +169,6 @@ class PreciseCopy:
             for to, tensor in zip(ours, theirs, strict=True):
                 to.copy_(tensor)
         return self._copy
-
-
-def in_float64(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert what is not a whole number.
-
-    Args:
-        batch: Tensors by name.
-
-    Returns:
-        Tensors of the same shapes.
-    """
-    return {n: t.double() if t.is_floating_point() else t for n, t in batch.items()}
 
 
 def embedding_of(generator: nn.Module) -> Quantity | None:

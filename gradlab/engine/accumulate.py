@@ -11,10 +11,11 @@ from torch import Tensor
 from gradlab.checks import UsageError, check
 from gradlab.engine.clusters import EXACT, ClusterSums, FactoredSums, FormedSums, RunningSum
 from gradlab.engine.moments import Moments
-from gradlab.engine.part import Part, Surrogate, checked_part
+from gradlab.engine.part import Part, checked_part
 from gradlab.engine.per_sample import Outer, PerSample
 from gradlab.engine.plan import Engine, Plan, forget, gradients, plan_for
 from gradlab.engine.structured import Unstructured
+from gradlab.engine.surrogate import Surrogate
 from gradlab.parameters import ParameterLayout
 
 DEFAULT_BUDGET = 32 * 2**20

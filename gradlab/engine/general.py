@@ -6,19 +6,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from gradlab.engine.part import (
-    Part,
-    Surrogate,
-    Theta,
-    agent_axes,
-    checked_loss,
-    explained,
-    masked,
-    unwritten,
-    without_agent_axis,
-)
+from gradlab.engine.part import Part, agent_axes, masked, without_agent_axis
 from gradlab.engine.per_sample import PerSample, Rows
 from gradlab.engine.rewrites import Rewrites
+from gradlab.engine.surrogate import Surrogate, Theta, checked_loss, explained, unwritten
 
 
 def general_gradients(

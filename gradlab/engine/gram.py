@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gradlab.checks import check
-from gradlab.engine.part import Surrogate, checked_part
+from gradlab.engine.part import checked_part
 from gradlab.engine.plan import Engine, planned_gradients
+from gradlab.engine.surrogate import Surrogate
 from gradlab.parameters import WHOLE, ParameterLayout
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gradlab.engine.general import general_gradients
-from gradlab.engine.part import Part, Surrogate
+from gradlab.engine.part import Part
 from gradlab.engine.per_sample import PerSample
 from gradlab.engine.structured import Unstructured, structured_gradients
+from gradlab.engine.surrogate import Surrogate
 
 Engine: TypeAlias = Literal["auto", "general"]
 

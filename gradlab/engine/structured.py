@@ -17,19 +17,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradlab.checks import UsageError
-from gradlab.engine.part import (
-    Part,
-    Surrogate,
-    Theta,
-    agent_axes,
-    checked_loss,
-    explained,
-    masked,
-    unwritten,
-    without_agent_axis,
-)
+from gradlab.engine.part import Part, agent_axes, masked, without_agent_axis
 from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows, SquaredLengths
 from gradlab.engine.recorder import Recorder, Use
+from gradlab.engine.surrogate import Surrogate, Theta, checked_loss, explained, unwritten
 
 
 class Unstructured(Exception):
