@@ -31,7 +31,7 @@ _READ = {
     "critic": ("observation", "value", "target"),
 }
 
-DIAGNOSED_SAMPLES: dict[Level, int] = {"off": 1, "light": 128, "full": 1024}
+DIAGNOSED_SAMPLES: dict[Level, int] = {"off": 1, "light": 128, "full": 512}
 """Samples of each agent that a diagnosis looks at by default."""
 
 

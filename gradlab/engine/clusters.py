@@ -122,13 +122,13 @@ class ClusterSums(ABC):
         agents, size = len(total), math.prod(self.shape)
         most = max(1, _BLOCK // max(1, size * agents * self.like.element_size()))
         room = self.like.new_empty(agents, most, *self.shape)
-        totals = total.to(room.dtype).reshape(1, agents, size).mT
+        totals = total.to(room.dtype).reshape(1, agents, size)
         within, across = [], []
         for clusters in self.stretches(most):
             sums = self.form(clusters, room)
             rows = sums.reshape(agents, sums.shape[1], size).transpose(0, 1)
-            within.append((rows @ rows.mT).double())
-            across.append(torch.bmm(rows, totals.expand(len(rows), -1, -1)).double())
+            within.append(_inner_products(rows, rows))
+            across.append(_inner_products(rows, totals.expand(len(rows), -1, -1)))
         return torch.cat(within), torch.cat(across)
 
     @property
@@ -279,3 +279,16 @@ class FactoredSums(ClusterSums):
             for piece in pieces:
                 running.add(piece, piece.inputs.shape[1])
         return running.total()
+
+
+def _inner_products(
+    rows: Float[Tensor, "cluster row size"], others: Float[Tensor, "cluster other size"]
+) -> Float[Tensor, "cluster row other"]:
+    """`rows . others` within each cluster, in float64."""
+    if len(rows) > 1:
+        return torch.bmm(rows, others.mT).double()
+    # One product of few long rows is done by one thread; one of several stretches by all.
+    pieces = next(n for n in (8, 4, 2, 1) if rows.shape[2] % n == 0)
+    stretches = (t[0].unflatten(1, (pieces, -1)).transpose(0, 1) for t in (rows, others))
+    ours, theirs = stretches
+    return torch.bmm(ours, theirs.mT).sum(0, dtype=torch.float64)[None]
