@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from gradlab.factorisation import Factorisation, factorise
     from gradlab.jacobian import Jacobian
     from gradlab.metrics.coupling import coupling
+    from gradlab.metrics.diversity import diversity, shared_observations
+    from gradlab.metrics.geometry import geometry
     from gradlab.metrics.interference import interference
+    from gradlab.metrics.procrustes import procrustes, procrustes_path
     from gradlab.metrics.variance import variance
     from gradlab.run import Run, open_run
 
@@ -42,11 +45,16 @@ __all__ = [
     "UsageError",
     "coupling",
     "decompose",
+    "diversity",
     "factorise",
+    "geometry",
     "gradient_moments",
     "interference",
     "open_run",
+    "procrustes",
+    "procrustes_path",
     "sample_gram",
+    "shared_observations",
     "variance",
 ]
 
@@ -61,11 +69,16 @@ _HOME = {
     "UsageError": "gradlab.checks",
     "decompose": "gradlab.decomposition",
     "coupling": "gradlab.metrics.coupling",
+    "diversity": "gradlab.metrics.diversity",
     "factorise": "gradlab.factorisation",
+    "geometry": "gradlab.metrics.geometry",
     "gradient_moments": "gradlab.engine.accumulate",
     "interference": "gradlab.metrics.interference",
     "open_run": "gradlab.run",
+    "procrustes": "gradlab.metrics.procrustes",
+    "procrustes_path": "gradlab.metrics.procrustes",
     "sample_gram": "gradlab.engine.gram",
+    "shared_observations": "gradlab.metrics.diversity",
     "variance": "gradlab.metrics.variance",
 }
 
