@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gradlab.checks import UsageError
+    from gradlab.copies import split_copies
     from gradlab.decomposition import Decomposition, decompose
     from gradlab.engine.accumulate import gradient_moments
     from gradlab.engine.gram import SampleGram, sample_gram
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from gradlab.metrics.geometry import geometry
     from gradlab.metrics.interference import interference
     from gradlab.metrics.procrustes import procrustes, procrustes_path
+    from gradlab.metrics.transference import transference
     from gradlab.metrics.variance import variance
+    from gradlab.preconditioner import adam_preconditioner
     from gradlab.run import Run, open_run
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "Run",
     "SampleGram",
     "UsageError",
+    "adam_preconditioner",
     "coupling",
     "decompose",
     "diversity",
@@ -55,6 +59,8 @@ __all__ = [
     "procrustes_path",
     "sample_gram",
     "shared_observations",
+    "split_copies",
+    "transference",
     "variance",
 ]
 
@@ -68,6 +74,7 @@ _HOME = {
     "SampleGram": "gradlab.engine.gram",
     "UsageError": "gradlab.checks",
     "decompose": "gradlab.decomposition",
+    "adam_preconditioner": "gradlab.preconditioner",
     "coupling": "gradlab.metrics.coupling",
     "diversity": "gradlab.metrics.diversity",
     "factorise": "gradlab.factorisation",
@@ -79,6 +86,8 @@ _HOME = {
     "procrustes_path": "gradlab.metrics.procrustes",
     "sample_gram": "gradlab.engine.gram",
     "shared_observations": "gradlab.metrics.diversity",
+    "split_copies": "gradlab.copies",
+    "transference": "gradlab.metrics.transference",
     "variance": "gradlab.metrics.variance",
 }
 

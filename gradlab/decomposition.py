@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
 from gradlab.checks import UsageError
 from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
 from gradlab.engine.moments import Moments
-from gradlab.engine.part import Part, batch_axes, in_precision, masked
+from gradlab.engine.part import Part, batch_axes, in_precision
 from gradlab.engine.per_sample import PerSample, Rows
 from gradlab.engine.plan import Engine, planned_gradients
-from gradlab.engine.rewrites import Rewrites
-from gradlab.engine.surrogate import Surrogate, Theta, checked_loss, explained
-from gradlab.factorisation import OBSERVATION, factorise, reads_observation
+from gradlab.engine.surrogate import Surrogate, Theta, explained
+from gradlab.factorisation import factorise, reads_observation
+from gradlab.losses import sample_losses
 from gradlab.parameters import ParameterLayout, owning_module
 
 
@@ -286,32 +286,10 @@ def _residual(
         for name, p in generator.named_parameters()
         if p.requires_grad
     }
-    agents, samples = part.sizes
-    numbers = _numbers(generator, agents)
     weights = 1 / part.counts().clamp(min=1).to(next(iter(psi.values())).dtype)
-    per_sample = reads_observation(generator)
-
-    def loss(theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor]) -> Tensor:
-        return checked_loss(surrogate, theta, {**sample, **context}, Rewrites())
-
     with torch.enable_grad(), explained():
-        if per_sample:
-            observation = part.batch[OBSERVATION].flatten(0, 1)
-            repeated = numbers.repeat_interleave(samples)
-            theta = functional_call(generator, psi, (repeated, observation))
-            theta = {
-                name: tensor.expand(agents * samples, *tensor.shape[1:]).unflatten(
-                    0, (agents, samples)
-                )
-                for name, tensor in theta.items()
-            }
-        else:
-            theta = functional_call(generator, psi, (numbers,))
-            theta = {n: tensor.expand(agents, *tensor.shape[1:]) for n, tensor in theta.items()}
-        losses = vmap(vmap(loss, in_dims=(0 if per_sample else None, 0, None)))(
-            theta, dict(part.batch), dict(part.context)
-        )
-        total = (masked(losses, part.mask).sum(1) * weights[:, 0]).sum()
+        losses = sample_losses(generator, psi, surrogate, part)
+        total = (losses.sum(1) * weights[:, 0]).sum()
         plain = torch.autograd.grad(total, list(psi.values()), materialize_grads=True)
     differences, sizes = [], []
     for name, reference in zip(psi, plain, strict=True):
