@@ -299,6 +299,14 @@ def test_numpy_and_float32_are_taken():
     )
 
 
+def test_probabilities_rounded_to_few_bits_are_made_to_sum_to_one():
+    p = discrete()
+    scale = torch.linspace(0.995, 1.005, AGENTS).double()[:, None, None]
+    xr.testing.assert_allclose(
+        diversity(probabilities=p * scale), diversity(probabilities=p), rtol=1e-10
+    )
+
+
 def test_policies_must_be_given_in_one_way():
     p, (mean, std) = discrete(), gaussian()
     for policies in ({}, {"probabilities": p, "logits": p}, {"mean": mean}, {"std": std}):

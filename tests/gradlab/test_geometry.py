@@ -116,8 +116,8 @@ def test_a_row_of_zeros_has_no_cosine():
 @pytest.mark.parametrize("size", [1e-200, 1e200])
 def test_very_small_and_large_rows_keep_their_geometry(size):
     rows, groups, matrix = rows_of(5), list("aabbb"), symmetric(5)
-    settings = {"groups": groups, "interference": matrix}
-    one, other = geometry(rows, **settings), geometry(rows * size, **settings)
+    one = geometry(rows, groups=groups, behavioural_distance=matrix)
+    other = geometry(rows * size, groups=groups, behavioural_distance=matrix * size)
     for name in one:
         scale = size if one[name].unit == "embedding" else 1
         np.testing.assert_allclose(other[name], one[name] * scale, rtol=1e-10)
