@@ -1,11 +1,14 @@
 """The last diagnosed conflict of runs, side by side."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from gradlab.checks import UsageError, check, unknown_name
+from gradlab.estimates import ALIGNED, CONFLICT, UNDECIDED
 from gradlab.run import Run
 
 
@@ -20,9 +23,10 @@ def conflict_table(
         layer: A layer's name, or "all".
 
     Returns:
-        One row per run: conflict rate and mean cosine of g (psi-space) and Z (theta-space), the
-        pair of agents whose g point most against each other, the residual, how many of each
-        agent's samples were diagnosed, and by which engine.
+        One row per run: of g (psi-space) and Z (theta-space) the shares of agent pairs that are in
+        conflict and aligned, by verdict, beside the naive share of negative cosines and the mean
+        plug-in cosine; the pair in conflict whose cosine of g is least, with its 95 % interval; the
+        residual, how many of each agent's samples were diagnosed, and by which engine.
 
     Raises:
         UsageError: If a run has no diagnostics, or not that network or layer.
@@ -30,40 +34,149 @@ def conflict_table(
     return pd.DataFrame([_row(run, network, layer) for run in runs])
 
 
+class _Newest:
+    """A network's and layer's figures at a run's newest diagnosed update."""
+
+    def __init__(self, run: Run, network: str, layer: str) -> None:
+        if "cosine" not in run.quantities or run.quantity("cosine").sizes["update"] == 0:
+            raise UsageError(
+                f"{run.path} has no recorded diagnostics. Train it with --diagnostics light or "
+                "full."
+            )
+        cosine = run.quantity("cosine")
+        check_name("network", network, cosine.network.values.tolist())
+        check_name("layer", layer, cosine.layer.values.tolist())
+        self.update = int(cosine["update"][-1])
+        self.agents = cosine.sizes["agent"]
+        self._run = run
+        self._where = {"network": network, "layer": layer}
+
+    def __call__(self, quantity: str, **where: object) -> xr.DataArray | None:
+        """A quantity there; None if it was not recorded."""
+        if quantity not in self._run.quantities:
+            return None
+        found = self._run.quantity(quantity)
+        where = {axis: label for axis, label in (self._where | where).items() if axis in found.dims}
+        return found.isel(update=-1).sel(where)
+
+    def number(self, quantity: str, **where: object) -> float:
+        """A single number there; NaN if it was not recorded."""
+        found = self(quantity, **where)
+        return math.nan if found is None else float(found)
+
+
 def _row(run: Run, network: str, layer: str) -> dict[str, object]:
-    if "cosine" not in run.quantities or run.quantity("cosine").sizes["update"] == 0:
-        raise UsageError(
-            f"{run.path} has no recorded diagnostics. Train it with --diagnostics light or full."
-        )
-    cosine = run.quantity("cosine")
-    check_name("network", network, cosine.network.values.tolist())
-    check_name("layer", layer, cosine.layer.values.tolist())
-    last = cosine.isel(update=-1).sel(network=network, layer=layer)
-    where = {"network": network, "layer": layer}
-    rate = run.quantity("conflict_rate").isel(update=-1).sel(where)
-    mean = run.quantity("mean_cosine").isel(update=-1).sel(where)
-    residual = run.quantity("residual").isel(update=-1).sel(network=network)
-    psi = last.sel(space="psi").to_numpy().copy()
-    check(psi.ndim == 2, "cosine", "have two agent axes", psi.shape)
-    psi[np.tril_indices(len(psi))] = np.nan
-    worst = "-"
-    if np.isfinite(psi).any() and np.nanmin(psi) < 0:
-        i, k = np.unravel_index(np.nanargmin(psi), psi.shape)
-        worst = f"{i}, {k} ({psi[i, k]:+.2f})"
-    return {
+    newest = _Newest(run, network, layer)
+    row: dict[str, object] = {
         "run": run.name,
         "method": run.method,
         "environment": run.environment,
-        "update": int(cosine["update"][-1]),
-        "conflict_rate_g": float(rate.sel(space="psi")),
-        "conflict_rate_z": float(rate.sel(space="theta")),
-        "mean_cosine_g": float(mean.sel(space="psi")),
-        "mean_cosine_z": float(mean.sel(space="theta")),
-        "worst_pair_g": worst,
-        "residual": float(residual),
+        "update": newest.update,
+    }
+    for letter, space in (("g", "psi"), ("z", "theta")):
+        for name in ("conflict_rate", "aligned_rate", "negative_rate", "mean_cosine"):
+            row[f"{name}_{letter}"] = newest.number(name, space=space)
+    return row | {
+        "worst_pair_g": _worst(newest),
+        "residual": newest.number("residual"),
         "samples": _samples(run, network),
         "engine": _engine(run, network),
     }
+
+
+def _worst(newest: _Newest) -> str:
+    """The pair in conflict whose cosine of g is least."""
+    names = ("verdict", "cosine_debiased", "cosine_low", "cosine_high")
+    found = [newest(name, space="psi") for name in names]
+    if any(array is None for array in found):
+        return "-"
+    verdict, value, low, high = (array.to_numpy() for array in found if array is not None)
+    cosines = np.where((verdict == CONFLICT) & np.triu(np.ones_like(verdict, bool), 1), value, 1.0)
+    i, k = np.unravel_index(np.nanargmin(cosines), cosines.shape)
+    if not cosines[i, k] < 0:
+        return "-"
+    return f"{i}, {k} ({_interval(value[i, k], low[i, k], high[i, k])})"
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:+.2f}, {low:+.2f} to {high:+.2f}"
+
+
+def explain(run: Run, agent: int, other: int, *, network: str = "actor", layer: str = "all") -> str:
+    """Read a pair's figures at the newest diagnosed update in words.
+
+    Args:
+        run: A run with diagnostics.
+        agent: One agent.
+        other: Another.
+        network: "actor" or "critic".
+        layer: A layer's name, or "all".
+
+    Returns:
+        What the two want of their policies, how much of it the sharing scheme lets through, and
+        what comes of it in the trained parameters.
+
+    Raises:
+        UsageError: If the run has no diagnostics, or not that network, layer or pair.
+    """
+    newest = _Newest(run, network, layer)
+    check(
+        {agent, other} <= set(range(newest.agents)) and agent != other,
+        "--explain",
+        f"name two agents from 0 to {newest.agents - 1}",
+        f"{agent} {other}",
+    )
+    pair = {"agent": agent, "agent_other": other}
+
+    def of(quantity: str, space: str) -> float:
+        return newest.number(quantity, space=space, **pair)
+
+    def said(space: str) -> str:
+        names = ("cosine_debiased", "cosine_low", "cosine_high")
+        value, low, high = (of(name, space) for name in names)
+        if math.isnan(low):
+            return f"plug-in {of('cosine', space):+.2f}, no interval"
+        if math.isnan(value):
+            return "not known: too much noise"
+        return _interval(value, low, high)
+
+    want = {
+        CONFLICT: "want opposite changes",
+        ALIGNED: "want similar changes",
+        UNDECIDED: "can't be told to want opposite or similar changes",
+    }.get(of("verdict", "theta"), "were not judged")
+    where = f"{run.name}, {network}, {layer}, update {newest.update}"
+    words = [f"{where}: agents {agent} and {other} {want} (Z cosine {said('theta')})"]
+    through = of("cosine_debiased", "psi") / of("cosine_debiased", "theta")
+    scheme = _SCHEMES.get(run.method, run.method)
+    if run.method == "nops":
+        words.append(f"{scheme} let nothing of it through")
+    elif of("verdict", "theta") in {CONFLICT, ALIGNED} and math.isfinite(through):
+        words.append(f"{scheme} lets {through:.0%} of it through (FuPS: 100 %)")
+    coupling = newest.number("coupling", **pair)
+    if math.isfinite(coupling):
+        words[-1] += f", coupling {coupling:.2f}"
+    result = {CONFLICT: "in conflict", ALIGNED: "aligned", UNDECIDED: "undecided"}.get(
+        of("verdict", "psi"), "not judged"
+    )
+    words.append(f"in the trained parameters they are {result} (g cosine {said('psi')})")
+    sentence = "; ".join(words) + "."
+    copies = newest.number("copies_to_resolve", space="theta", **pair)
+    if of("verdict", "theta") == UNDECIDED and math.isfinite(copies):
+        sentence += f" About {copies:,.0f} environment copies would tell a Z cosine of 0.1 from 0."
+    if math.isnan(of("verdict", "theta")):
+        sentence += " Verdicts need --diagnostics full and at least 8 environment copies."
+    return sentence
+
+
+_SCHEMES = {
+    "fups": "full sharing",
+    "fups-id": "full sharing with IDs",
+    "nops": "separate networks",
+    "hypermarl": "the hypernetwork",
+    "hypermarl-linear": "the linear hypernetwork",
+    "hypermarl-coupled": "the hypernetwork, which reads the observation,",
+}
 
 
 def _samples(run: Run, network: str) -> str:

@@ -11,21 +11,25 @@ With agent i's policy parameters made by a generator, :math:`\theta_i = h_\psi(i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from gradlab.checks import UsageError
+from gradlab.cluster_products import CLUSTERS, ClusterProducts, pooled
+from gradlab.contributions import (
+    contributions,
+    policy_parameters,
+    psi_products,
+)
 from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, batch_axes, in_precision
 from gradlab.engine.per_sample import PerSample, Rows
-from gradlab.engine.plan import Engine, planned_gradients
-from gradlab.engine.surrogate import Surrogate, Theta, explained
+from gradlab.engine.plan import Engine
+from gradlab.engine.surrogate import Surrogate, explained
 from gradlab.factorisation import factorise, reads_observation
 from gradlab.losses import sample_losses
 from gradlab.parameters import ParameterLayout, owning_module
@@ -49,6 +53,10 @@ class Decomposition:
             it was not asked for.
         theta_layout: Names, shapes and layers of the policy parameters.
         psi_layout: Names, shapes and layers of the trained parameters.
+        products: If clusters are told apart, products of agents' sums over them: of the gradients
+            in theta-space ("theta") and of what J_i makes of them ("psi"); where the generator
+            reads the observation also of J_t^T Z ("jacobian"), whose spread is J's own noise.
+        copies: Number of environment copies that the clusters hold, 0 if none are told apart.
     """
 
     moments: Moments
@@ -57,6 +65,8 @@ class Decomposition:
     residual: float
     theta_layout: ParameterLayout
     psi_layout: ParameterLayout
+    products: dict[str, ClusterProducts]
+    copies: int
 
     @property
     def agents(self) -> int:
@@ -99,6 +109,7 @@ def decompose(
     mask: Bool[Tensor, "agent sample"] | None = None,
     context: Mapping[str, Tensor] | None = None,
     copy: Int[Tensor, " sample"] | None = None,
+    clusters: int = CLUSTERS,
     coordinates: bool = False,
     check: int | None = None,
     precise: nn.Module | None = None,
@@ -121,8 +132,11 @@ def decompose(
         batch: Tensors [agent, sample, ...] by name, what `surrogate` reads.
         mask: Which samples exist; all by default.
         context: Tensors [agent, ...] by name that each of the agent's samples holds as well.
-        copy: The environment copy that each sample comes from; if given, the moments tell the
-            copies apart.
+        copy: The environment copy that each sample comes from. If given, estimates can leave out
+            products within a copy, and have intervals. Samples that share anything, such as the
+            same environment run twice, belong to the same copy.
+        clusters: Pool the copies into at most this many clusters: it costs less, and intervals from
+            more are hardly narrower.
         coordinates: Whether the moments hold sums of squared coordinates.
         check: On how many samples of each agent, the first ones, to compute the residual; by
             default on all, which costs an ordinary gradient of the batch; 0 leaves it out.
@@ -144,7 +158,8 @@ def decompose(
     whole = Part(batch=batch, context=context or {}, mask=mask)
     psi = {n: p.detach() for n, p in generator.named_parameters() if p.requires_grad}
     layout = ParameterLayout.of(psi, layer_of=getattr(generator, "layer_of", owning_module))
-    settings: dict[str, Any] = {"copy": copy, "coordinates": coordinates, "budget": budget}
+    cluster = None if copy is None else pooled(copy, clusters)
+    settings: dict[str, Any] = {"copy": cluster, "coordinates": coordinates, "budget": budget}
     if not reads_observation(generator):
         settings["engine"] = engine
     last = precise or generator
@@ -163,6 +178,13 @@ def decompose(
     residual = float("nan")
     if few:
         residual = _residual(sides[-1].pulled or {}, last, surrogate, first)
+    products = sides[0].products
+    if copy is not None and not products:
+        moments, pulled = sides[0].moments, sides[0].pulled or {}
+        products = {
+            "theta": ClusterProducts.of_moments(moments),
+            "psi": psi_products(generator, moments, pulled, layout, budget),
+        }
     return Decomposition(
         moments=sides[0].moments,
         contributions=sides[0].pulled or {},
@@ -170,6 +192,8 @@ def decompose(
         residual=residual,
         theta_layout=sides[0].moments.layout,
         psi_layout=layout,
+        products=products,
+        copies=0 if copy is None else len(copy.unique()),
     )
 
 
@@ -180,6 +204,7 @@ class _Side:
     moments: Moments
     pulled: dict[str, PerSample] | None
     gap: float
+    products: dict[str, ClusterProducts] = field(default_factory=dict)
 
 
 def _take_apart(
@@ -194,7 +219,7 @@ def _take_apart(
         parts = factorise(generator, surrogate, part.batch, **what)
         of_psi = psi_layout.unflatten(parts.g)
         pulled: dict[str, PerSample] = {name: Rows(g[None]) for name, g in of_psi.items()}
-        return _Side(parts.moments, pulled, parts.gap)
+        return _Side(parts.moments, pulled, parts.gap, parts.products)
     theta = policy_parameters(generator, part.sizes[0])
     return _Side(gradient_moments(surrogate, theta, part.batch, **what), None, 0.0)
 
@@ -205,76 +230,6 @@ def _first(part: Part, samples: int, generator: nn.Module) -> Part:
     part = part.span(0, samples)
     batch, context = in_precision(part.batch, dtype), in_precision(part.context, dtype)
     return replace(part, batch=batch, context=context)
-
-
-def policy_parameters(generator: nn.Module, agents: int) -> Theta:
-    """Generate every agent's policy parameters, detached.
-
-    Args:
-        generator: As for `decompose`.
-        agents: Number of agents.
-
-    Returns:
-        Tensors by name, [agent, ...], or [1, ...] where the agents share one.
-
-    Raises:
-        UsageError: If it makes none for one of the agents, or other ones for each sample.
-    """
-    if reads_observation(generator):
-        raise UsageError(
-            "`generator` must not read the observation here: it has other parameters, and another "
-            "J_i, for each sample. Use gradlab.factorise."
-        )
-    try:
-        with torch.no_grad():
-            theta = generator(_numbers(generator, agents))
-    except IndexError as error:
-        raise UsageError(
-            f"`generator` must make parameters for all of the batch's {agents} agents, 0 to "
-            f"{agents - 1}. Got for one of them: {error}."
-        ) from error
-    return {name: tensor.detach() for name, tensor in theta.items()}
-
-
-def contributions(
-    generator: nn.Module, z: Theta, agents: int | None = None
-) -> dict[str, PerSample]:
-    r"""Apply every agent's :math:`J_i^\top`, as the gradient of :math:`\theta_i \cdot Z_i`.
-
-    The engine sees a generator as one network whose samples are the agents: what a hypernetwork's
-    linear heads make of them is kept as outer products, so that memory grows by the size of theta
-    with each agent, not by that of psi.
-
-    Args:
-        generator: As for `decompose`.
-        z: Tensors [agent, ...] by name; or several of these, one after the other.
-        agents: Number of agents, if there are several.
-
-    Returns:
-        The products by trained parameter; of one "agent", whose samples are the rows of `z`.
-    """
-    psi = {n: p.detach()[None] for n, p in generator.named_parameters() if p.requires_grad}
-    dtype = next(iter(psi.values())).dtype
-    batch = {f"z/{name}": tensor.to(dtype)[None] for name, tensor in z.items()}
-    rows = len(next(iter(z.values())))
-    numbers = _numbers(generator, agents or rows).repeat(rows // (agents or rows))
-    part = Part(batch=batch | {"agent": numbers[None]})
-
-    def product(psi: Theta, sample: dict[str, Tensor]) -> Tensor:
-        theta: Theta = functional_call(generator, psi, (sample["agent"][None],))
-        return torch.stack([
-            (t.squeeze(0) * sample[f"z/{n}"]).sum() for n, t in theta.items()
-        ]).sum()
-
-    found = planned_gradients(product, psi, part, owner=generator, warn=False)
-    return {  # what no policy parameter is made of has no part in the gradient
-        name: found.get(name, Rows(tensor.new_zeros(()).expand(1, rows, *tensor.shape[1:])))
-        for name, tensor in psi.items()
-    }
-
-
-def _numbers(generator: nn.Module, agents: int) -> Int[Tensor, " agent"]:
-    return torch.arange(agents, device=next((p.device for p in generator.parameters()), None))
 
 
 def _residual(

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gradlab.checks import check
+from gradlab.cluster_products import ClusterProducts
 from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
+from gradlab.engine.clusters import Products
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, batch_axes
 from gradlab.engine.plan import plan_for
@@ -37,12 +39,15 @@ class Factorisation:
         g: E_t[J_t^T z_t] of each agent.
         factored: E_t[J_t]^T E_t[z_t] of each agent.
         psi_layout: Names, shapes and layers of the trained parameters.
+        products: If clusters are told apart, products of their sums of z_t ("theta"), of
+            J_t^T z_t ("psi"), and of J_t^T E[z] ("jacobian"), whose spread is J's own noise.
     """
 
     moments: Moments
     g: Float[Tensor, "agent psi"]
     factored: Float[Tensor, "agent psi"]
     psi_layout: ParameterLayout
+    products: dict[str, ClusterProducts]
 
     @property
     def z(self) -> Float[Tensor, "agent theta"]:
@@ -146,11 +151,21 @@ def factorise(
     weights = {_WEIGHT + name: tensor for name, tensor in z.items()}
     plan_for(product, shared, Part(batch=batch, context=held | weights), warn=False)
     factored = gradient_moments(
-        product, shared, batch, mask=mask, context=held | weights, budget=budget
+        product, shared, batch, mask=mask, context=held | weights, copy=copy, budget=budget
     )
-    size = psi_layout.size
+    products = {}
+    if copy is not None:
+        products = {
+            "theta": ClusterProducts.of_moments(moments),
+            "psi": _psi_products(both, psi_layout),
+            "jacobian": _psi_products(factored, psi_layout),
+        }
     return Factorisation(
-        moments=moments, g=both.mean[:, :size], factored=factored.mean, psi_layout=psi_layout
+        moments=moments,
+        g=both.mean[:, : psi_layout.size],
+        factored=factored.mean,
+        psi_layout=psi_layout,
+        products=products,
     )
 
 
@@ -201,6 +216,18 @@ def _of_theta(both: Moments, shapes: Mapping[str, torch.Size]) -> Moments:
         first_non_finite=both.first_non_finite[:, columns],
         square=None if both.square is None else both.square[:, both.layout.size - layout.size :],
         copy_sums=both.copy_sums and {n: both.copy_sums[_OFFSET + n] for n in shapes},
+    )
+
+
+def _psi_products(moments: Moments, layout: ParameterLayout) -> ClusterProducts:
+    """Products of what belongs to the trained parameters, which come first."""
+    sums, totals = moments.by_copy(), layout.unflatten(moments.sum[:, : layout.size])
+    found = (
+        (layout.layer_of[name], sums[_PSI + name].products(totals[name])) for name in layout.shapes
+    )
+    assert moments.copy_count is not None
+    return ClusterProducts.of(
+        Products.by_layer(found, layout.layers), layout.layers, moments.copy_count
     )
 
 

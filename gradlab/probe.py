@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradlab.decomposition import decompose
@@ -22,6 +22,8 @@ LEVELS: tuple[Level, ...] = ("off", "light", "full")
 
 SKETCH_SIZE = 1024
 CHECKED_SAMPLES = 64
+_NOT_RECORDED = ("inner_product", "inner_product_debiased", "inner_product_error")
+"""What cosines, norms and verdicts say already, at their own scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,8 @@ class Probe:
 
     Attributes:
         networks: The networks by name, e.g. "actor" and "critic".
-        level: "light": cosines, conflict rate, norms, residual; "full": the variance split as
-            well; "off": nothing.
+        level: "light": plug-in cosines, norms, residual; "full": also debiased cosines with
+            intervals and verdicts, and variance; "off": nothing.
         engines: For each network and parameter the engine that took its gradients; empty before
             the first diagnosis.
         findings: What is wrong with the last diagnosis's gradients, a sentence each.
@@ -58,11 +60,17 @@ class Probe:
         self.findings: list[str] = []
         self._copies = {name: PreciseCopy(network.generator) for name, network in networks.items()}
 
-    def diagnose(self, batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Quantity]:
+    def diagnose(
+        self,
+        batches: Mapping[str, Mapping[str, Tensor]],
+        copy: Int[Tensor, " sample"] | None = None,
+    ) -> dict[str, Quantity]:
         """Diagnose every network on its batch.
 
         Args:
             batches: For each network tensors [agent, sample, ...] by name.
+            copy: The environment copy that each sample comes from; without it there are no
+                debiased estimates.
 
         Returns:
             Quantities by name with a leading `network` axis, NaN for a layer that a network lacks;
@@ -84,11 +92,15 @@ class Probe:
                     network.generator,
                     network.surrogate,
                     batches[name],
+                    copy=copy,
                     check=CHECKED_SAMPLES,
                     precise=precise,
                 )
-            found[name] = measure_interference(parts)
-            del found[name]["inner_product"]  # the cosines and norms say it
+            found[name] = {
+                quantity: value
+                for quantity, value in measure_interference(parts).items()
+                if quantity not in _NOT_RECORDED
+            }
             if self.level == "full":
                 found[name] |= measure_variance(parts)
             found[name]["factorisation_gap"] = Quantity.scalar(

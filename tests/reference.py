@@ -50,8 +50,8 @@ def moments(gradients, layers, mask=None, copy=None):
     """Sums of per-sample gradients, by loops: what the engine must give.
 
     `layers` names each parameter's layer. Returns a dict with `sum` and `square` [agent, theta],
-    `squared_norm` [agent, layer], and with `copy` also `within` and `across`, each [layer, copy,
-    agent, agent].
+    `squared_norm` [agent, layer], and with `copy` also `products` [layer, copy, agent, agent]:
+    those within a copy, with the sum over all copies, and with the next copy.
     """
     agents, samples = next(iter(gradients.values())).shape[:2]
     names = list(dict.fromkeys(layers.values()))
@@ -77,7 +77,7 @@ def moments(gradients, layers, mask=None, copy=None):
         return result
     labels = sorted(set(copy.tolist()))
     within = flat.new_zeros(len(names), len(labels), agents, agents)
-    across = torch.zeros_like(within)
+    across, following = torch.zeros_like(within), torch.zeros_like(within[:, 1:])
     for row, layer in enumerate(names):
         members = [
             g.reshape(agents, samples, -1) for n, g in gradients.items() if layers[n] == layer
@@ -89,4 +89,7 @@ def moments(gradients, layers, mask=None, copy=None):
                 for k in range(agents):
                     within[row, column, i, k] = ours @ part[k, copy == label].sum(0)
                     across[row, column, i, k] = ours @ part[k].sum(0)
-    return result | {"within": within, "across": across}
+                    if column + 1 < len(labels):
+                        after = part[k, copy == labels[column + 1]].sum(0)
+                        following[row, column, i, k] = ours @ after
+    return result | {"products": (within, across, following)}

@@ -222,14 +222,15 @@ class Trainer:
         most = config.diagnosed_samples or DIAGNOSED_SAMPLES[config.diagnostics]
         steps = spread(config.steps, max(1, most // config.copies))
         samples = rollout.samples | {"advantage": normalise(rollout.samples["advantage"])}
-        return self.probe.diagnose({
+        batches = {
             network: {
                 name: samples[name].unflatten(1, (config.steps, -1))[:, steps].flatten(1, 2)
                 for name in names
             }
             for network, names in _READ.items()
             if network in self.probe.networks
-        })
+        }
+        return self.probe.diagnose(batches, torch.arange(config.copies).repeat(len(steps)))
 
     def _update(self, samples: dict[str, Tensor]) -> dict[str, float]:
         ppo = self.config.ppo

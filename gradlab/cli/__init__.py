@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--network", default="actor", help="actor (default) or critic")
     add.add_argument("--layer", default="all", help="a layer's name, or all (default)")
     add.add_argument("--space", default="psi", help="psi (g, default) or theta (Z)")
+    add.add_argument(
+        "--explain", nargs=2, type=int, metavar=("I", "K"), help="say in words what two agents do"
+    )
     add.add_argument("--format", choices=["table", "csv", "json"], default="table")
     add.set_defaults(command=show.conflict, parser=add)
 

@@ -26,6 +26,9 @@ def conflict(options: argparse.Namespace) -> None:
     Args:
         options: The parsed command line.
     """
+    if options.explain:
+        _explain(options)
+        return
     if options.quantity == SUMMARY:
         print_conflict(options.runs, options.network, options.layer, options.format)
         return
@@ -37,6 +40,17 @@ def conflict(options: argparse.Namespace) -> None:
     table = quantity_table(runs, options.quantity, where)
     _print_problems(runs)
     _print_table(table, options.format, options.quantity)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from analyses.conflict import explain
+    from gradlab.run import open_run
+
+    runs = [open_run(folder) for folder in options.runs]
+    where = {"network": options.network, "layer": options.layer}
+    sentences = [explain(run, *options.explain, **where) for run in runs]
+    _print_problems(runs)
+    print("\n".join(sentences))
 
 
 def print_conflict(
@@ -59,7 +73,10 @@ def print_conflict(
     if form != "table":
         _print_table(table, form, "")
         return
-    title = f"Gradient conflict ({network}, {layer}): naive plug-in figures of one rollout"
+    title = (
+        f"Gradient conflict ({network}, {layer}): rates count verdicts at 5 % false discoveries; "
+        "negative rates and mean cosines are naive"
+    )
     shown = Table("", *(str(name) for name in table["run"]), title=title)
     for name in table.columns[1:]:
         shown.add_row(str(name), *(_text(value) for value in table[name]))

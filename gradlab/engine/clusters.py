@@ -7,7 +7,8 @@ environment copies never takes more memory than the backward pass itself.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -55,6 +56,38 @@ class RunningSum:
         if self._total is None:
             return self._like.new_zeros(self._agents, *self._shape, dtype=torch.float64)
         return self._total
+
+
+class Products(NamedTuple):
+    """Inner products between agents' sums of gradients over clusters, with g_i^e agent i's in e.
+
+    Attributes:
+        within: g_i^e . g_k^e, [*layer, cluster, agent, agent].
+        across: g_i^e . g_k, with the sum over all clusters, [*layer, cluster, agent, agent].
+        following: g_i^e . g_k^f with the next cluster f, [*layer, cluster - 1, agent, agent].
+    """
+
+    within: Tensor
+    across: Tensor
+    following: Tensor
+
+    @classmethod
+    def by_layer(cls, found: Iterable[tuple[str, "Products"]], layers: Sequence[str]) -> "Products":
+        """Add up products of parameters.
+
+        Args:
+            found: A layer, and the products of one of its parameters.
+            layers: All layers, each of which has a parameter.
+
+        Returns:
+            Products with a leading axis of layers.
+        """
+        sums: dict[str, Products] = {}
+        for layer, products in found:
+            if layer in sums:
+                products = cls(*(a + b for a, b in zip(sums[layer], products, strict=True)))
+            sums[layer] = products
+        return cls(*(torch.stack(parts) for parts in zip(*(sums[n] for n in layers), strict=True)))
 
 
 class ClusterSums(ABC):
@@ -108,28 +141,33 @@ class ClusterSums(ABC):
     def total(self) -> Float[Tensor, " agent *shape"]:
         """The sums over all clusters, in float64."""
 
-    def products(
-        self, total: Float[Tensor, " agent *shape"]
-    ) -> tuple[Float[Tensor, "cluster agent agent"], Float[Tensor, "cluster agent agent"]]:
-        """Inner products of agents' sums within each cluster, and with agents' totals.
+    def products(self, total: Float[Tensor, " agent *shape"]) -> "Products":
+        """Inner products of agents' sums, cluster by cluster.
 
         Args:
             total: What `total` returned.
 
         Returns:
-            `sum_i^e . sum_k^e` and `sum_i^e . total_k` in float64, by cluster e.
+            The products in float64.
         """
         agents, size = len(total), math.prod(self.shape)
         most = max(1, _BLOCK // max(1, size * agents * self.like.element_size()))
         room = self.like.new_empty(agents, most, *self.shape)
         totals = total.to(room.dtype).reshape(1, agents, size)
         within, across = [], []
+        following = [self.like.new_empty(0, agents, agents, dtype=torch.float64)]
+        last: Tensor | None = None
         for clusters in self.stretches(most):
             sums = self.form(clusters, room)
             rows = sums.reshape(agents, sums.shape[1], size).transpose(0, 1)
             within.append(_inner_products(rows, rows))
             across.append(_inner_products(rows, totals.expand(len(rows), -1, -1)))
-        return torch.cat(within), torch.cat(across)
+            if last is not None:
+                following.append(_inner_products(last, rows[:1]))
+            if len(rows) > 1:
+                following.append(_inner_products(rows[:-1], rows[1:]))
+            last = rows[-1:].clone()  # the next stretch is formed in the same memory
+        return Products(torch.cat(within), torch.cat(across), torch.cat(following))
 
     @property
     @abstractmethod

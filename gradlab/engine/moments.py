@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, distributed
 
 from gradlab.checks import UsageError, check
-from gradlab.engine.clusters import ClusterSums, FormedSums
+from gradlab.engine.clusters import ClusterSums, FormedSums, Products
 from gradlab.parameters import ParameterLayout
 
 
@@ -57,36 +57,41 @@ class Moments:
         """Mean squared norm of an agent's per-sample gradients; 0 without samples."""
         return self.squared_norm / self.count.clamp(min=1)[:, None]
 
-    def copy_products(
-        self,
-    ) -> tuple[Float[Tensor, "layer copy agent agent"], Float[Tensor, "layer copy agent agent"]]:
+    def copy_products(self) -> Products:
         r"""Inner products between agents' sums of gradients, copy by copy.
 
         With :math:`g_i^e` agent i's sum over copy e and :math:`g_i` over all copies: what
-        estimators that leave out products within a copy, and their delete-one-copy jackknife, are
-        made of. Their memory does not depend on the number of parameters.
+        estimators that leave out products within a copy, and their intervals, are made of. Their
+        memory does not depend on the number of parameters.
 
         Returns:
-            :math:`g_i^e \cdot g_k^e` and :math:`g_i^e \cdot g_k` in float64, by layer.
+            :math:`g_i^e \cdot g_k^e`, :math:`g_i^e \cdot g_k`, and :math:`g_i^e \cdot g_k^f` with
+            the next copy f, in float64, by layer.
 
         Raises:
             UsageError: If the gradients were not summed by copy.
         """
-        if self.copy_sums is None or self.copies is None:
+        totals, layer_of = self.layout.unflatten(self.sum), self.layout.layer_of
+        return Products.by_layer(
+            ((layer_of[name], s.products(totals[name])) for name, s in self.by_copy().items()),
+            self.layout.layers,
+        )
+
+    def by_copy(self) -> dict[str, ClusterSums]:
+        """Sums by environment copy.
+
+        Returns:
+            They, by parameter.
+
+        Raises:
+            UsageError: If the gradients were not summed by copy.
+        """
+        if self.copy_sums is None:
             raise UsageError(
                 "These moments hold no sums by environment copy. Give gradient_moments the "
                 "argument `copy`, the copy that each sample comes from."
             )
-        agents, layers = len(self.count), self.layout.layers
-        within = self.sum.new_zeros(len(layers), len(self.copies), agents, agents)
-        across = torch.zeros_like(within)
-        totals = self.layout.unflatten(self.sum)
-        for name, sums in self.copy_sums.items():
-            layer = layers.index(self.layout.layer_of[name])
-            of_copy, with_total = sums.products(totals[name])
-            within[layer] += of_copy
-            across[layer] += with_total
-        return within, across
+        return self.copy_sums
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of the samples of both.

@@ -9,6 +9,7 @@ gradients follow from the factors (Goodfellow, "Efficient per-example gradient c
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,11 @@ class PerSample(ABC):
     """
 
     shape: torch.Size
+
+    @property
+    @abstractmethod
+    def samples(self) -> int:
+        """Number of samples of each agent."""
 
     @property
     @abstractmethod
@@ -80,8 +86,58 @@ class PerSample(ABC):
         return total
 
     @abstractmethod
+    def to(self, dtype: torch.dtype) -> "PerSample":
+        """The same in a precision.
+
+        Args:
+            dtype: The precision.
+
+        Returns:
+            Gradients that share these ones' memory if they have it already.
+        """
+
+    @abstractmethod
+    def regrouped(self, agents: int) -> "PerSample":
+        """The same gradients in the same order, as of another number of agents.
+
+        Args:
+            agents: How many agents the samples are to be cut into.
+
+        Returns:
+            Gradients that share these ones' memory where they can.
+        """
+
+    @abstractmethod
+    def inner(self, other: "PerSample") -> Float[Tensor, "agent sample sample_other"]:
+        """Inner products of each agent's gradients with another's of the same agent.
+
+        Args:
+            other: Gradients of the same parameter, kept in the same form, of equally many agents
+                or of a single one that stands for all.
+
+        Returns:
+            The products.
+        """
+
+    @abstractmethod
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "PerSample":
+        """Apply a function with f(x y) = f(x) f(y) to every coordinate: sign, absolute value.
+
+        Args:
+            function: The function, of tensors.
+
+        Returns:
+            The results.
+        """
+
+    @abstractmethod
+    def coordinate_sums(self) -> Float[Tensor, "agent sample"]:
+        """Sum of each gradient's coordinates."""
+
     def gram(self) -> Float[Tensor, "row row_other"]:
         """Inner products between all gradients; a row is agent * samples + sample."""
+        rows = self.regrouped(1)
+        return rows.inner(rows)[0]
 
 
 class SquaredLengths:
@@ -119,6 +175,11 @@ class Rows(PerSample):
         self._lengths = lengths
 
     @property
+    def samples(self) -> int:
+        """See `PerSample.samples`."""
+        return self.values.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """See `PerSample.nbytes`."""
         return _bytes(self.values)
@@ -153,10 +214,28 @@ class Rows(PerSample):
         """See `PerSample.squares`."""
         return self.values.square().sum(1)
 
-    def gram(self) -> Float[Tensor, "row row_other"]:
-        """See `PerSample.gram`."""
-        flat = self.values.reshape(-1, math.prod(self.shape))
-        return flat @ flat.mT
+    def to(self, dtype: torch.dtype) -> "Rows":
+        """See `PerSample.to`."""
+        return Rows(self.values.to(dtype))
+
+    def regrouped(self, agents: int) -> "Rows":
+        """See `PerSample.regrouped`."""
+        return Rows(_regrouped(self.values, agents))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Rows":
+        """See `PerSample.mapped`."""
+        return Rows(function(self.values))
+
+    def coordinate_sums(self) -> Float[Tensor, "agent sample"]:
+        """See `PerSample.coordinate_sums`."""
+        return self.values.reshape(*self.values.shape[:2], math.prod(self.shape)).sum(2)
+
+    def inner(self, other: PerSample) -> Float[Tensor, "agent sample sample_other"]:
+        """See `PerSample.inner`."""
+        assert isinstance(other, Rows)
+        size = math.prod(self.shape)
+        ours, theirs = (t.reshape(*t.shape[:2], size) for t in (self.values, other.values))
+        return _matrix_products(ours, theirs)
 
 
 class Outer(PerSample):
@@ -177,6 +256,11 @@ class Outer(PerSample):
         self.output_gradients = output_gradients
         self._lengths = lengths
         self.shape = torch.Size((output_gradients.shape[-1], inputs.shape[-1]))
+
+    @property
+    def samples(self) -> int:
+        """See `PerSample.samples`."""
+        return self.inputs.shape[1]
 
     @property
     def numbers_per_sample(self) -> int:
@@ -235,10 +319,33 @@ class Outer(PerSample):
             return self._squares_of_formed(*self.inputs.shape[:2])
         return self.output_gradients[:, :, 0].square().mT @ self.inputs[:, :, 0].square()
 
-    def gram(self) -> Float[Tensor, "row row_other"]:
-        """See `PerSample.gram`."""
-        a, d = self.inputs.flatten(0, 2), self.output_gradients.flatten(0, 2)
-        return _sum_uses((a @ a.mT) * (d @ d.mT), self.inputs.shape[2])
+    def to(self, dtype: torch.dtype) -> "Outer":
+        """See `PerSample.to`."""
+        return Outer(self.inputs.to(dtype), self.output_gradients.to(dtype))
+
+    def regrouped(self, agents: int) -> "Outer":
+        """See `PerSample.regrouped`."""
+        return Outer(_regrouped(self.inputs, agents), _regrouped(self.output_gradients, agents))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> PerSample:
+        """See `PerSample.mapped`."""
+        if self.inputs.shape[2] > 1:
+            return Rows(function(self.rows()))
+        return Outer(function(self.inputs), function(self.output_gradients))
+
+    def coordinate_sums(self) -> Float[Tensor, "agent sample"]:
+        """See `PerSample.coordinate_sums`."""
+        return (self.inputs.sum(3) * self.output_gradients.sum(3)).sum(2)
+
+    def inner(self, other: PerSample) -> Float[Tensor, "agent sample sample_other"]:
+        """See `PerSample.inner`."""
+        assert isinstance(other, Outer)
+        a, d, b, e = (
+            t.flatten(1, 2)
+            for t in (self.inputs, self.output_gradients, other.inputs, other.output_gradients)
+        )
+        products = _matrix_products(a, b) * _matrix_products(d, e)
+        return _sum_uses(products, self.inputs.shape[2], other.inputs.shape[2])
 
 
 class Lookup(PerSample):
@@ -258,6 +365,11 @@ class Lookup(PerSample):
         self.index = index
         self.output_gradients = output_gradients
         self.shape = shape
+
+    @property
+    def samples(self) -> int:
+        """See `PerSample.samples`."""
+        return self.index.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -309,12 +421,35 @@ class Lookup(PerSample):
         d = self.output_gradients.square()
         return self._scatter(self.index.flatten(1), d.flatten(1, 2))
 
-    def gram(self) -> Float[Tensor, "row row_other"]:
-        """See `PerSample.gram`."""
-        index = self.index.flatten()
-        d = self.output_gradients.reshape(len(index), math.prod(self.shape[1:]))
-        products = (index[:, None] == index[None, :]) * (d @ d.mT)
-        return _sum_uses(products, self.index.shape[2])
+    def to(self, dtype: torch.dtype) -> "Lookup":
+        """See `PerSample.to`."""
+        return Lookup(self.index, self.output_gradients.to(dtype), self.shape)
+
+    def regrouped(self, agents: int) -> "Lookup":
+        """See `PerSample.regrouped`."""
+        index, d = (_regrouped(t, agents) for t in (self.index, self.output_gradients))
+        return Lookup(index, d, self.shape)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> PerSample:
+        """See `PerSample.mapped`."""
+        if self.index.shape[2] > 1:
+            return Rows(function(self.rows()))
+        return Lookup(self.index, function(self.output_gradients), self.shape)
+
+    def coordinate_sums(self) -> Float[Tensor, "agent sample"]:
+        """See `PerSample.coordinate_sums`."""
+        return self.output_gradients.flatten(2).sum(2)
+
+    def inner(self, other: PerSample) -> Float[Tensor, "agent sample sample_other"]:
+        """See `PerSample.inner`."""
+        assert isinstance(other, Lookup)
+        size = math.prod(self.shape[1:])
+        (i, d), (k, e) = (
+            (t.index.flatten(1), t.output_gradients.reshape(len(t.index), -1, size))
+            for t in (self, other)
+        )
+        products = (i[:, :, None] == k[:, None, :]) * _matrix_products(d, e)
+        return _sum_uses(products, self.index.shape[2], other.index.shape[2])
 
     def _scatter(self, index: Tensor, values: Tensor) -> Tensor:
         """Add values [batch, use, *row] into tables [batch, *shape]."""
@@ -330,12 +465,27 @@ def _squared_length(vectors: Float[Tensor, "*batch size"]) -> Float[Tensor, "*ba
     return lengths.square()
 
 
-def _sum_uses(products: Float[Tensor, "n n"], uses: int) -> Float[Tensor, "m m"]:
-    """Inner products between rows' uses, [row * uses, row * uses], summed to those of rows."""
-    if uses == 1:
+def _matrix_products(
+    rows: Float[Tensor, "agent row size"], others: Float[Tensor, "agent_other other size"]
+) -> Float[Tensor, "agent row other"]:
+    """Inner products within each agent; a single other agent stands for all."""
+    products: Tensor = rows @ (others[0] if len(others) == 1 else others).mT
+    return products
+
+
+def _sum_uses(
+    products: Float[Tensor, "agent use use_other"], uses: int, uses_other: int
+) -> Float[Tensor, "agent sample sample_other"]:
+    """Inner products between samples' uses, summed to those between samples."""
+    if uses == uses_other == 1:
         return products
-    rows = len(products) // uses
-    return products.view(rows, uses, rows, uses).sum((1, 3))
+    by_use: Tensor = products.unflatten(2, (-1, uses_other)).unflatten(1, (-1, uses))
+    return by_use.sum((2, 4))
+
+
+def _regrouped(tensor: Tensor, agents: int) -> Tensor:
+    regrouped: Tensor = tensor.flatten(0, 1).unflatten(0, (agents, -1))
+    return regrouped
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -5,86 +5,233 @@ same change of a policy, and **psi**, where :math:`g_i \cdot g_k = Z_i^\top J_i 
 how much of it the sharing scheme lets through to the trained parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 
+from gradlab.checks import UsageError
+from gradlab.cluster_products import ClusterProducts
 from gradlab.decomposition import Decomposition
+from gradlab.engine.per_sample import PerSample, Rows
+from gradlab.estimates import ALIGNED, CONFLICT, FEWEST, Estimates
+from gradlab.metrics.spaces import SPACES, SpaceLabels, ratio, with_whole
 from gradlab.parameters import WHOLE
 from gradlab.quantity import Quantity, dataset
 
-SPACES = ("psi", "theta")
 
+def interference(
+    decomposition: Decomposition, *, signs: bool = False, by_cluster: bool = False
+) -> xr.Dataset:
+    r"""Pairwise inner products, cosines and verdicts on agents' gradients, by layer.
 
-def interference(decomposition: Decomposition) -> xr.Dataset:
-    r"""Pairwise inner products, cosines and magnitudes of agents' gradients, by layer.
-
-    All are plug-in estimates from one batch. The cosine of two noisy gradients is biased towards
-    zero, and the share of negative cosines of pure noise is one half.
+    Plug-in estimates are from the batch as it is: the cosine of two noisy gradients is biased
+    towards zero, agents that act in one environment copy share noise, which may even turn its sign,
+    and of pure noise about half of all cosines are negative. Where `decompose` was told the
+    samples' copies, estimates that leave out products within a copy stand beside them, with 95 %
+    intervals (`gradlab.estimates`).
 
     Args:
         decomposition: What `decompose` returned.
+        signs: Whether to count the coordinates on which two agents' gradients agree in sign.
+        by_cluster: Whether to give the plug-in cosines within each cluster as well: what each says
+            that trains on it alone. `decompose` takes any labels for clusters, also minibatches'.
 
     Returns:
         Variables over (space, layer, agent, agent_other), NaN for a layer that a space lacks:
 
-        - `inner_product`
-        - `cosine` = inner product / product of norms; NaN where a gradient is zero
-        - `magnitude_similarity` = 2 |a| |b| / (|a|^2 + |b|^2), 1 for equal norms (Yu et al.,
-          "Gradient Surgery", 2020, Def. 2)
+        - `inner_product`, plug-in
+        - `cosine` = inner product / product of norms, plug-in; NaN where a gradient is zero
+        - `magnitude_similarity` = 2 |a| |b| / (|a|^2 + |b|^2), plug-in, 1 for equal norms (Yu et
+          al., "Gradient Surgery", 2020, Def. 2)
+        - with copies: `inner_product_debiased` and its standard error `inner_product_error`;
+          `cosine_debiased` from `cosine_low` to `cosine_high`, NaN where a gradient's length is not
+          two standard errors above 0; `verdict`, -1 conflict, 0 undecided, 1 aligned, at a false
+          discovery rate of 5 % over the pairs of a layer. With fewer than 8 copies errors,
+          intervals and verdicts are NaN.
+        - with `signs`: `sign_agreement`, the share of coordinates of equal sign among those where
+          neither gradient is 0
 
-        over (space, layer, agent): `norm`; and over (space, layer): `conflict_rate`, the share of
-        agent pairs with a negative cosine (ibid., Def. 1), and `mean_cosine` over the pairs.
+        over (space, layer, agent): `norm`, plug-in; over (space, layer): `conflict_rate` and
+        `aligned_rate`, shares of agent pairs with that verdict, NaN without verdicts;
+        `negative_rate`, the share of negative plug-in cosines (ibid., Def. 1); `mean_cosine` over
+        the pairs, plug-in; `gradient_diversity` = sum |a|^2 / |sum a|^2 (Yin et al., 2018, eq. 1),
+        1 / agents if all are equal, 1 if orthogonal, above 1 if they cancel, and `cancelled_norm` =
+        1 - |sum a| / sum |a|, both plug-in, with copies also `gradient_diversity_debiased`; and
+        with `by_cluster` over (space, layer, cluster, agent, agent_other) `cosine_cluster`.
+
+    Raises:
+        UsageError: If `by_cluster` is asked for where clusters are not told apart.
     """
-    return dataset(measure_interference(decomposition))
+    return dataset(measure_interference(decomposition, signs=signs, by_cluster=by_cluster))
 
 
-def measure_interference(decomposition: Decomposition) -> dict[str, Quantity]:
+def measure_interference(
+    decomposition: Decomposition, *, signs: bool = False, by_cluster: bool = False
+) -> dict[str, Quantity]:
     """What `interference` labels.
 
     Args:
         decomposition: What `decompose` returned.
+        signs: As for `interference`.
+        by_cluster: As for `interference`.
 
     Returns:
         The quantities by name.
+
+    Raises:
+        UsageError: As for `interference`.
     """
     d = decomposition
-    layers = [WHOLE, *dict.fromkeys((*d.theta_layout.layers, *d.psi_layout.layers))]
-    grams = np.full((len(SPACES), len(layers), d.agents, d.agents), np.nan)
-    for space, gram in (("psi", d.gram_psi()), ("theta", d.gram_theta())):
-        of_space = grams[SPACES.index(space)]
-        for layer, products in gram.items():
-            of_space[layers.index(layer)] = products.cpu().numpy()
-        of_space[0] = np.sum([of_space[layers.index(layer)] for layer in gram], axis=0)
+    label = SpaceLabels.of(d)
+    of_layers = {"psi": d.gram_psi(), "theta": d.gram_theta()}
+    grams = label.placed({
+        space: {layer: products.cpu().numpy() for layer, products in gram.items()}
+        | {WHOLE: torch.stack(list(gram.values())).sum(0).cpu().numpy()}
+        for space, gram in of_layers.items()
+    })
     norms = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))
     cosines = cosine_from_gram(grams)
     rates, means = summarise_pairs(cosines)
-    labels: dict[str, Sequence[str | int]] = {
-        "space": SPACES,
-        "layer": layers,
-        "agent": range(d.agents),
-        "agent_other": range(d.agents),
-    }
-
-    def quantity(
-        values: NDArray[np.float64], unit: str = "1", estimator: str = "plug-in, one batch"
-    ) -> Quantity:
-        dims = tuple(labels)[: values.ndim]
-        coords = {dim: labels[dim] for dim in dims}
-        return Quantity(values=values, dims=dims, coords=coords, unit=unit, estimator=estimator)
-
-    return {
-        "inner_product": quantity(grams, "loss^2"),
-        "cosine": quantity(cosines),
-        "magnitude_similarity": quantity(magnitude_similarity(norms)),
-        "norm": quantity(norms, "loss"),
-        "conflict_rate": quantity(
-            rates, estimator="share of agent pairs with a negative plug-in cosine"
+    squares, whole = np.square(norms).sum(-1), grams.sum((-2, -1)).clip(min=0)
+    plug_in = "plug-in, one batch"
+    quantity = label.quantity
+    found = {
+        "inner_product": quantity(grams, "loss^2", plug_in),
+        "cosine": quantity(cosines, "1", plug_in),
+        "magnitude_similarity": quantity(magnitude_similarity(norms), "1", plug_in),
+        "norm": quantity(norms, "loss", plug_in),
+        "negative_rate": quantity(
+            rates, "1", "share of agent pairs with a negative plug-in cosine; of noise: one half"
         ),
-        "mean_cosine": quantity(means, estimator="mean over agent pairs of the plug-in cosine"),
+        "mean_cosine": quantity(means, "1", "mean over agent pairs of the plug-in cosine"),
+        "gradient_diversity": quantity(ratio(squares, whole), "1", plug_in),
+        "cancelled_norm": quantity(1 - ratio(np.sqrt(whole), norms.sum(-1)), "1", plug_in),
     }
+    if signs:
+        agreement = {
+            "psi": sign_agreement(d.contributions, d.psi_layout.layer_of),
+            "theta": sign_agreement(
+                {n: Rows(z[None]) for n, z in d.theta_layout.unflatten(d.z).items()},
+                d.theta_layout.layer_of,
+            ),
+        }
+        found["sign_agreement"] = quantity(
+            label.placed(agreement), "1", "share of coordinates where neither is 0"
+        )
+    if by_cluster:
+        found["cosine_cluster"] = _by_cluster(label, d.products)
+    return found | _debiased(label, d.products)
+
+
+def _debiased(label: SpaceLabels, products: Mapping[str, ClusterProducts]) -> dict[str, Quantity]:
+    """What there is to say where environment copies are told apart."""
+    shape = (len(SPACES), len(label.layers))
+    how = "share of agent pairs with that verdict"
+    if not products:
+        nothing = label.quantity(np.full(shape, np.nan), "1", "needs environment copies")
+        return {"conflict_rate": nothing, "aligned_rate": nothing}
+    of = {space: Estimates(products[space]) for space in SPACES}
+    clusters = int(of["theta"].clusters.min())
+    leave_out = f"U-statistic without products within a cluster, {clusters} clusters"
+    interval = (
+        f"95 % interval, jackknife over {clusters} clusters, Fieller"
+        if clusters >= FEWEST
+        else f"no interval from {clusters} clusters, {FEWEST} are needed"
+    )
+
+    def placed(of_space: Callable[[Estimates], NDArray[np.float64]]) -> NDArray[np.float64]:
+        return label.placed({s: with_whole(products[s].layers, of_space(e)) for s, e in of.items()})
+
+    def diversity(e: Estimates) -> NDArray[np.float64]:
+        whole = e.inner_product.sum((-2, -1))
+        return ratio(e.signal.sum(-1), np.where(whole > 0, whole, 0.0))
+
+    verdicts = placed(lambda e: e.verdict)
+    quantity = label.quantity
+    return {
+        "inner_product_debiased": quantity(placed(lambda e: e.inner_product), "loss^2", leave_out),
+        "inner_product_error": quantity(
+            placed(lambda e: e.inner_product_error), "loss^2", "standard error, jackknife"
+        ),
+        "cosine_debiased": quantity(placed(lambda e: e.cosine_interval.value), "1", leave_out),
+        "cosine_low": quantity(placed(lambda e: e.cosine_interval.low), "1", interval),
+        "cosine_high": quantity(placed(lambda e: e.cosine_interval.high), "1", interval),
+        "verdict": quantity(
+            verdicts, "1", "-1 conflict, 0 undecided, 1 aligned; false discovery rate 5 %"
+        ),
+        "conflict_rate": quantity(share_of_pairs(verdicts, CONFLICT), "1", how),
+        "aligned_rate": quantity(share_of_pairs(verdicts, ALIGNED), "1", how),
+        "gradient_diversity_debiased": quantity(placed(diversity), "1", leave_out),
+    }
+
+
+def _by_cluster(label: SpaceLabels, products: Mapping[str, ClusterProducts]) -> Quantity:
+    """Plug-in cosines within each cluster."""
+    if not products:
+        raise UsageError(
+            "`by_cluster` needs clusters. Give decompose the argument `copy`, the environment "
+            "copy or minibatch that each sample comes from."
+        )
+    cosines = label.placed({
+        space: with_whole(
+            products[space].layers,
+            cosine_from_gram(
+                np.concatenate([products[space].within.sum(0)[None], products[space].within])
+            ),
+        )
+        for space in SPACES
+    })
+    plain = label.quantity(cosines[:, :, 0], "1", "plug-in, within a cluster")
+    space, layer, *pair = plain.dims
+    return replace(
+        plain,
+        values=cosines,
+        dims=(space, layer, "cluster", *pair),
+        coords={**plain.coords, "cluster": range(cosines.shape[2])},
+    )
+
+
+def share_of_pairs(verdicts: NDArray[np.float64], verdict: float) -> NDArray[np.float64]:
+    """Share of the pairs of different agents that got a verdict.
+
+    Args:
+        verdicts: Verdicts, shape [..., agent, agent].
+        verdict: Which one.
+
+    Returns:
+        Shares, shape [...]; NaN where no pair has a verdict.
+    """
+    rows, columns = np.triu_indices(verdicts.shape[-1], k=1)
+    pairs = verdicts[..., rows, columns]
+    return ratio((pairs == verdict).sum(-1), np.isfinite(pairs).sum(-1))
+
+
+def sign_agreement(
+    gradients: Mapping[str, PerSample], layer_of: Mapping[str, str]
+) -> dict[str, NDArray[np.float64]]:
+    """On how many coordinates pairs of gradients agree in sign.
+
+    Args:
+        gradients: Gradients of all agents as samples of a single "agent", by parameter.
+        layer_of: Each parameter's layer.
+
+    Returns:
+        By layer, and whole, the share among coordinates where neither is 0, [agent, agent]; NaN
+        where there is none.
+    """
+    signed: dict[str, NDArray[np.float64]] = {}
+    known: dict[str, NDArray[np.float64]] = {}
+    for name, gradient in gradients.items():
+        signs = gradient.mapped(torch.sign)
+        for sums, form in ((signed, signs), (known, signs.mapped(torch.abs))):
+            products = form.gram().double().cpu().numpy()
+            for layer in (WHOLE, layer_of[name]):
+                sums[layer] = sums.get(layer, 0.0) + products
+    return {layer: ratio(known[layer] + signed[layer], 2 * known[layer]) for layer in signed}
 
 
 def cosine_from_gram(gram: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,65 +1,208 @@
-r"""Where the spread of per-sample gradients comes from: within agents, or between them."""
+r"""Where the spread of per-sample gradients comes from, and what it does to their means."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
+from numpy.typing import NDArray
 
+from gradlab.checks import check
 from gradlab.decomposition import Decomposition
+from gradlab.engine.moments import Moments
+from gradlab.estimates import Estimates
+from gradlab.metrics.spaces import SPACES, SpaceLabels, ratio, with_whole
 from gradlab.parameters import WHOLE
 from gradlab.quantity import Quantity, dataset
 
+MINIBATCHES = (2, 4, 8, 16)
+RESOLVED = 0.1
+"""The cosine for which `copies_to_resolve` is reckoned by default."""
 
-def variance(decomposition: Decomposition) -> xr.Dataset:
-    r"""Split the variance of per-sample gradients in theta-space by the law of total variance.
 
-    With :math:`z_{i,s}` the gradient of sample s of agent i and :math:`Z_i` its mean over samples,
+def variance(
+    decomposition: Decomposition,
+    *,
+    minibatches: Sequence[int] = MINIBATCHES,
+    cosine: float = RESOLVED,
+) -> xr.Dataset:
+    r"""Variance of the gradients, of their means, and how it compares with the signal.
+
+    With :math:`z_{i,s}` the gradient of sample s of agent i in theta-space, which has the same size
+    for all sharing schemes, and :math:`Z_i` its mean over samples, the law of total variance reads
 
     .. math:: \underbrace{\tfrac1{NS}\sum_{i,s} \|z_{i,s} - \bar Z\|^2}_{total}
               = \underbrace{\tfrac1{NS}\sum_{i,s} \|z_{i,s} - Z_i\|^2}_{within}
               + \underbrace{\tfrac1N\sum_i \|Z_i - \bar Z\|^2}_{between}
 
-    Each is the trace of a covariance matrix, of single samples (not of their mean), with division
-    by the count so that the split is exact where all agents have equally many samples.
+    Each is the trace of a covariance matrix of single samples, with division by the count so that
+    the split is exact where all agents have equally many samples. Where `decompose` was
+    told the samples' copies, also the variance of the agents' mean gradients, from the spread of
+    the copies, which holds what samples of one copy share.
 
     Args:
         decomposition: What `decompose` returned.
+        minibatches: Numbers of parts that a batch may be cut into, for `variance_minibatch`.
+        cosine: The cosine for `copies_to_resolve`.
 
     Returns:
-        `variance_agent` over (layer, agent): the spread of one agent's samples;
-        `variance_within` (its mean over agents) and `variance_between` over (layer).
+        - (layer, agent) `variance_agent`, (layer) `variance_within`, `variance_between`: traces of
+          covariance matrices of single samples in theta-space
+        - (layer, minibatches, agent) `variance_minibatch`: trace of the covariance that cutting
+          the batch at random into so many equal minibatches adds to a minibatch's gradient, theta
+        - () `coordinate_variance`: what the official HyperMARL code calls gradient variance, the
+          variance *over the coordinates* of the one gradient of the trained parameters; about
+          its squared length over their number
+        - with coordinates, (layer, agent) `gsnr`: mean over coordinates of the squared mean over
+          the variance of a sample (Liu et al., 2020), the mean's own noise taken off; theta
+        - with copies, (space, layer, agent): `squared_norm_debiased`, the true gradient's squared
+          length, an unbiased estimate that may be below 0; `variance_mean`, trace of the covariance
+          of the mean gradient; `normalised_variance`, their ratio, which compares between spaces of
+          different size; `noise_scale`, the number of copies at which both are equal, the "simple"
+          noise scale of McCandlish et al. (2018, eq. 2.9) in copies
+        - with copies, (layer, agent) `design_effect`: by what the samples' dependence multiplies
+          the variance of their mean; theta
+        - with copies, (space, layer, agent, agent_other) `copies_to_resolve`: how many copies give
+          a verdict on a pair whose true cosine is `cosine` in 80 % of cases
+        - where the generator reads the observation and with copies, (layer, agent)
+          `variance_jacobian`: trace of the covariance of J^T Z from J's noise alone, psi; the rest
+          of `variance_mean` in psi is Z's noise. Other generators' J has none.
+
+    Raises:
+        UsageError: If a number of minibatches is below 1, or the cosine not between 0 and 1.
     """
-    return dataset(measure_variance(decomposition))
+    return dataset(measure_variance(decomposition, minibatches=minibatches, cosine=cosine))
 
 
-def measure_variance(decomposition: Decomposition) -> dict[str, Quantity]:
+def measure_variance(
+    decomposition: Decomposition,
+    *,
+    minibatches: Sequence[int] = MINIBATCHES,
+    cosine: float = RESOLVED,
+) -> dict[str, Quantity]:
     """What `variance` labels.
 
     Args:
         decomposition: What `decompose` returned.
+        minibatches: As for `variance`.
+        cosine: As for `variance`.
 
     Returns:
         The quantities by name.
+
+    Raises:
+        UsageError: As for `variance`.
     """
+    check(min(minibatches, default=1) >= 1, "minibatches", "be at least 1 each", minibatches)
+    check(0 < abs(cosine) <= 1, "cosine", "be from -1 to 1 and not 0", cosine)
     d = decomposition
     means = list(dict(d.theta_layout.split_by_layer(d.z)).values())
     squared_mean = torch.stack([mean.square().sum(1) for mean in means], 1)
     between = torch.stack([(mean - mean.mean(0)).square().sum(1).mean() for mean in means])
     # Rounding can leave a vanishing variance a hair below 0.
     within = (d.moments.mean_squared_norm - squared_mean).clamp(min=0)
+    label = SpaceLabels((WHOLE, *d.theta_layout.layers), d.agents)
 
-    def quantity(by_layer: Tensor, *dims: str) -> Quantity:
+    def quantity(by_layer: torch.Tensor) -> Quantity:
         values = torch.cat([by_layer.sum(0, keepdim=True), by_layer]).cpu().numpy()
-        labels = {"layer": [WHOLE, *d.theta_layout.layers], "agent": range(d.agents)}
-        return Quantity(
-            values=values,
-            dims=dims,
-            coords={dim: labels[dim] for dim in dims},
-            unit="loss^2",
-            estimator="trace of the covariance of single samples, theta",
-        )
+        how = "trace of the covariance of single samples, theta"
+        return label.quantity(values, "loss^2", how, spaces=False)
 
-    return {
-        "variance_agent": quantity(within.mT, "layer", "agent"),
-        "variance_within": quantity(within.mean(0), "layer"),
-        "variance_between": quantity(between, "layer"),
+    found = {
+        "variance_agent": quantity(within.mT),
+        "variance_within": quantity(within.mean(0)),
+        "variance_between": quantity(between),
     }
+    found["variance_minibatch"] = _of_minibatches(found["variance_agent"], d.moments, minibatches)
+    found["coordinate_variance"] = Quantity.scalar(
+        _over_coordinates(d), "loss^2", "variance over the coordinates of the whole gradient, psi"
+    )
+    if d.moments.square is not None:
+        found["gsnr"] = label.quantity(
+            _gsnr(d.moments),
+            "1",
+            "mean over coordinates, noise of the mean taken off",
+            spaces=False,
+        )
+    return found | _of_means(d, found["variance_agent"].values, cosine)
+
+
+def _of_minibatches(single: Quantity, moments: Moments, minibatches: Sequence[int]) -> Quantity:
+    """Drawing S / m of S samples without replacement: (m - 1) / (S - 1) of a sample's variance."""
+    count = moments.count.cpu().numpy()
+    parts = np.asarray(minibatches)[:, None]
+    added = ratio(np.where(count > 1, parts - 1.0, np.nan), count - 1.0)
+    return replace(
+        single,
+        values=single.values[:, None] * added,
+        dims=("layer", "minibatches", "agent"),
+        coords={**single.coords, "minibatches": list(minibatches)},
+        estimator="trace of the covariance that random minibatches add, theta",
+    )
+
+
+def _over_coordinates(decomposition: Decomposition) -> float:
+    parts = decomposition.contributions.values()
+    total = sum(float(part.coordinate_sums().sum(dtype=torch.float64)) for part in parts)
+    squared = sum(float(gram.sum()) for gram in decomposition.gram_psi().values())
+    size = decomposition.psi_layout.size
+    return max(0.0, squared / size - (total / size) ** 2)
+
+
+def _gsnr(moments: Moments) -> NDArray[np.float64]:
+    """Of the whole and of each layer, [layer, agent]."""
+    assert moments.square is not None
+    count = moments.count.double()[:, None]
+    mean = moments.mean
+    spread = (moments.square / count - mean.square()) * count / (count - 1)
+    each = torch.where(spread > 0, (mean.square() - spread / count) / spread, torch.nan)
+    by_layer = [part.nanmean(1) for _, part in moments.layout.split_by_layer(each)]
+    return torch.stack([each.nanmean(1), *by_layer]).cpu().numpy()
+
+
+def _of_means(
+    decomposition: Decomposition, of_sample: NDArray[np.float64], cosine: float
+) -> dict[str, Quantity]:
+    """What the spread of the copies says; nothing where they are not told apart."""
+    d = decomposition
+    if not d.products:
+        return {}
+    label = SpaceLabels.of(d)
+    of = {space: Estimates(products) for space, products in d.products.items()}
+    clusters = d.moments.copy_count.shape[1] if d.moments.copy_count is not None else 0
+    per_cluster = d.copies / clusters
+
+    def placed(by_space: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        return label.placed({s: with_whole(d.products[s].layers, by_space[s]) for s in SPACES})
+
+    noise, signal = (
+        placed({s: getattr(of[s], name) for s in SPACES}) for name in ("noise", "signal")
+    )
+    normalised = ratio(noise, np.where(signal > 0, signal, 0.0))
+    resolve = placed({s: of[s].clusters_to_resolve(cosine) for s in SPACES}) * per_cluster
+    spread = f"spread of {clusters} clusters"
+    found = {
+        "squared_norm_debiased": label.quantity(
+            signal, "loss^2", "U-statistic without products within a cluster"
+        ),
+        "variance_mean": label.quantity(noise, "loss^2", spread),
+        "normalised_variance": label.quantity(normalised, "1", f"{spread}; NaN without signal"),
+        "noise_scale": label.quantity(
+            normalised * d.copies, "copies", f"{spread}; NaN without signal"
+        ),
+        "copies_to_resolve": label.quantity(
+            resolve, "copies", f"for a cosine of {cosine:g}, power 80 %"
+        ),
+    }
+    theta = SpaceLabels((WHOLE, *d.theta_layout.layers), d.agents)
+    independent = ratio(of_sample, d.moments.count.cpu().numpy() - 1.0)
+    found["design_effect"] = theta.quantity(
+        ratio(of["theta"].noise, independent), "1", f"{spread}, over samples'", spaces=False
+    )
+    if "jacobian" in of:
+        psi = SpaceLabels((WHOLE, *d.psi_layout.layers), d.agents)
+        found["variance_jacobian"] = psi.quantity(
+            of["jacobian"].noise, "loss^2", f"{spread}, of J^T Z with fixed Z", spaces=False
+        )
+    return found

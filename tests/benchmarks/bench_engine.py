@@ -13,6 +13,7 @@ from measure import peak_extra, ratios, write
 from torch import nn
 from torch.func import grad, vmap
 
+from gradlab.cluster_products import pooled
 from gradlab.engine.accumulate import gradient_moments
 from trainers.config import PPOConfig
 from trainers.envs.vector_env import Discrete
@@ -47,7 +48,7 @@ def case(sizes, agents, samples):
 def functions(sizes, agents, samples):
     loss, theta, batch = case(sizes, agents, samples)
     leaves = {name: t.clone().requires_grad_() for name, t in theta.items()}
-    copy = torch.arange(samples) // STEPS
+    cluster = pooled(torch.arange(samples) // STEPS)
 
     def gradient():
         torch.autograd.grad(loss(leaves, batch).sum(), list(leaves.values()))
@@ -55,8 +56,8 @@ def functions(sizes, agents, samples):
     def moments():
         gradient_moments(loss, theta, batch)
 
-    def by_copy():
-        gradient_moments(loss, theta, batch, copy=copy).copy_products()
+    def by_cluster():
+        gradient_moments(loss, theta, batch, copy=cluster).copy_products()
 
     def materialised():
         own = {name: t[0] for name, t in theta.items()}
@@ -69,7 +70,7 @@ def functions(sizes, agents, samples):
     return {
         "gradient": gradient,
         "moments": moments,
-        "by copy": by_copy,
+        "by cluster": by_cluster,
         "opacus ghost norms": opacus(theta, batch),
         "backpack BatchL2": backpack_norms(theta, batch),
     } | ({"vmap(grad)": materialised} if size <= MATERIALISED else {})
@@ -145,7 +146,7 @@ def main():
                         found |= {"vmap(grad)": ratios(pair, 1, "gradient")["vmap(grad)"]}
                     memory = {
                         name: peak_extra(measured[name])
-                        for name in ("gradient", "moments", "by copy")
+                        for name in ("gradient", "moments", "by cluster")
                     }
                     row = {
                         "threads": threads,

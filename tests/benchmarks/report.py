@@ -35,7 +35,7 @@ def provenance(record):
 
 def engine():
     record = load("engine")
-    names = ("moments", "by copy", "opacus ghost norms", "backpack BatchL2", "vmap(grad)")
+    names = ("moments", "by cluster", "opacus ghost norms", "backpack BatchL2", "vmap(grad)")
     rows = []
     for row in record["rows"]:
         cells = [row["threads"], row["net"], row["agents"], f"{row['samples']:,}"]
@@ -44,7 +44,7 @@ def engine():
             found = row["times"].get(name)
             cells.append(f"{found['ratio']:.2f}" if found else "-")
         memory = row["MiB"]
-        cells += [f"{memory[name]:,.0f}" for name in ("gradient", "moments", "by copy")]
+        cells += [f"{memory[name]:,.0f}" for name in ("gradient", "moments", "by cluster")]
         rows.append(cells)
     columns = (
         "threads",
@@ -53,19 +53,20 @@ def engine():
         "samples per agent",
         "gradient, ms",
         "all moments",
-        "and by copy",
+        "and by cluster",
         "Opacus ghost norms",
         "BackPACK BatchL2",
         "`vmap(grad)`",
         "MiB gradient",
         "MiB moments",
-        "MiB by copy",
+        "MiB by cluster",
     )
     return (
         "## The engine\n\n"
         "PPO's loss, agents that share one network, float32, copies of 32 steps. *All moments*: every "
-        "agent's mean gradient, and sums of squared norms by layer. *And by copy*: also the sums by "
-        "environment copy and their inner products between agents, for every copy. Opacus and BackPACK "
+        "agent's mean gradient, and sums of squared norms by layer. *And by cluster*: also the "
+        "sums by cluster of copies, at most 32, and their inner products between agents, which intervals "
+        "are made of. Opacus and BackPACK "
         "give the samples' norms alone, in one pass over all agents. `vmap(grad)` forms every sample's "
         "gradient, then means and norms; it is left out where that takes more than 3 GiB.\n\n"
         + table(columns, rows)

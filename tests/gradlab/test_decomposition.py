@@ -116,7 +116,7 @@ def test_equal_and_opposite_agents_have_cosine_one_and_minus_one():
     cosine = data.cosine.sel(space="psi", layer="all")
     assert cosine[0, 1] == pytest.approx(1)
     assert cosine[0, 2] == pytest.approx(-1)
-    assert data.conflict_rate.sel(space="psi", layer="all") == pytest.approx(2 / 3)
+    assert data.negative_rate.sel(space="psi", layer="all") == pytest.approx(2 / 3)
 
 
 def test_variance_split_sums_to_the_total():

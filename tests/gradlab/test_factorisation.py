@@ -73,7 +73,7 @@ def test_moments_of_the_coupled_generator_equal_loops(budget):
     close(found.square, z.square().sum(1))
     assert found.copies.tolist() == [0, 2, 5, 7]
     assert found.copy_count.tolist() == [[2, 3, 4, 1]] * AGENTS
-    within, across = found.copy_products()
+    within, across, _ = found.copy_products()
     for number, (_, z_l) in enumerate(found.layout.split_by_layer(z)):
         close(found.squared_norm[:, number], z_l.square().sum((1, 2)))
         for place, label in enumerate(found.copies):

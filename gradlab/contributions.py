@@ -1,0 +1,175 @@
+r"""What agents make of gradients in theta-space: their contributions :math:`g_i = J_i^\top Z_i`."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gradlab.checks import UsageError
+from gradlab.cluster_products import ClusterProducts
+from gradlab.engine.accumulate import DEFAULT_BUDGET
+from gradlab.engine.clusters import FactoredSums, Products
+from gradlab.engine.moments import Moments
+from gradlab.engine.part import Part
+from gradlab.engine.per_sample import PerSample, Rows
+from gradlab.engine.plan import planned_gradients
+from gradlab.engine.surrogate import Theta
+from gradlab.factorisation import reads_observation
+from gradlab.parameters import ParameterLayout
+
+
+def policy_parameters(generator: nn.Module, agents: int) -> Theta:
+    """Generate every agent's policy parameters, detached.
+
+    Args:
+        generator: As for `gradlab.decompose`.
+        agents: Number of agents.
+
+    Returns:
+        Tensors by name, [agent, ...], or [1, ...] where the agents share one.
+
+    Raises:
+        UsageError: If it makes none for one of the agents, or other ones for each sample.
+    """
+    if reads_observation(generator):
+        raise UsageError(
+            "`generator` must not read the observation here: it has other parameters, and another "
+            "J_i, for each sample. Use gradlab.factorise."
+        )
+    try:
+        with torch.no_grad():
+            theta = generator(agent_numbers(generator, agents))
+    except IndexError as error:
+        raise UsageError(
+            f"`generator` must make parameters for all of the batch's {agents} agents, 0 to "
+            f"{agents - 1}. Got for one of them: {error}."
+        ) from error
+    return {name: tensor.detach() for name, tensor in theta.items()}
+
+
+def contributions(
+    generator: nn.Module, z: Theta, agents: int | None = None
+) -> dict[str, PerSample]:
+    r"""Apply every agent's :math:`J_i^\top`, as the gradient of :math:`\theta_i \cdot Z_i`.
+
+    The engine sees a generator as one network whose samples are the agents: what a hypernetwork's
+    linear heads make of them is kept as outer products, so that memory grows by the size of theta
+    with each agent, not by that of psi.
+
+    Args:
+        generator: As for `gradlab.decompose`.
+        z: Tensors [agent, ...] by name; or several of these, one after the other.
+        agents: Number of agents, if there are several.
+
+    Returns:
+        The products by trained parameter; of one "agent", whose samples are the rows of `z`.
+    """
+    psi = {n: p.detach()[None] for n, p in generator.named_parameters() if p.requires_grad}
+    dtype = next(iter(psi.values())).dtype
+    batch = {f"z/{name}": tensor.to(dtype)[None] for name, tensor in z.items()}
+    rows = len(next(iter(z.values())))
+    numbers = agent_numbers(generator, agents or rows).repeat(rows // (agents or rows))
+    part = Part(batch=batch | {"agent": numbers[None]})
+
+    def product(psi: Theta, sample: dict[str, Tensor]) -> Tensor:
+        theta: Theta = functional_call(generator, psi, (sample["agent"][None],))
+        return torch.stack([
+            (t.squeeze(0) * sample[f"z/{n}"]).sum() for n, t in theta.items()
+        ]).sum()
+
+    found = planned_gradients(product, psi, part, owner=generator, warn=False)
+    return {  # what no policy parameter is made of has no part in the gradient
+        name: found.get(name, Rows(tensor.new_zeros(()).expand(1, rows, *tensor.shape[1:])))
+        for name, tensor in psi.items()
+    }
+
+
+def agent_numbers(generator: nn.Module, agents: int) -> Int[Tensor, " agent"]:
+    """Numbers of the first agents, where the generator is.
+
+    Args:
+        generator: As for `gradlab.decompose`.
+        agents: Number of agents.
+
+    Returns:
+        0 to agents - 1.
+    """
+    return torch.arange(agents, device=next((p.device for p in generator.parameters()), None))
+
+
+def psi_products(
+    generator: nn.Module,
+    moments: Moments,
+    means: Mapping[str, PerSample],
+    layout: ParameterLayout,
+    budget: int = DEFAULT_BUDGET,
+) -> ClusterProducts:
+    r"""Inner products between what the agents make of their sums over clusters.
+
+    By products of the factors that a hypernetwork's linear layers leave of :math:`J_i^\top s_i^e`;
+    no vector in psi-space is formed for these. Where the generator reads its parameters otherwise,
+    as many vectors are formed at once as fit the budget.
+
+    Args:
+        generator: As for `gradlab.decompose`.
+        moments: Moments in theta-space that tell clusters apart.
+        means: What `contributions` makes of the agents' means, in any precision.
+        layout: The trained parameters.
+        budget: Bytes that what is kept for one stretch of clusters may take.
+
+    Returns:
+        The products by layer of the trained parameters.
+    """
+    sums, agents = moments.by_copy(), len(moments.count)
+    assert moments.copy_count is not None
+    dtype = next(p.dtype for p in generator.parameters() if p.requires_grad)
+    kept = sum(part.nbytes for part in means.values())
+    kept += sum(s.like.element_size() * agents * math.prod(s.shape) for s in sums.values())
+    most = max(1, budget // kept)
+    # Sums that are kept as factors can only be formed in stretches of how they were added up.
+    bound = next((s for s in sums.values() if isinstance(s, FactoredSums)), None)
+    stretches = (bound or next(iter(sums.values()))).stretches(most)
+    found: dict[str, list[Products]] = {name: [] for name in means}
+    last: dict[str, PerSample] = {}
+    for clusters in stretches:
+        number = clusters.stop - clusters.start
+        z = {}
+        for name, of_cluster in sums.items():
+            room = of_cluster.like.new_empty(agents, number, *of_cluster.shape)
+            z[name] = of_cluster.form(clusters, room).transpose(0, 1).flatten(0, 1)
+        for name, rows in contributions(generator, z, agents).items():
+            found[name].append(_products(rows, means[name].to(dtype), last.get(name), number))
+            last[name] = rows.some(slice((number - 1) * agents, number * agents))
+    joined = Products.by_layer(
+        (
+            (layout.layer_of[name], Products(*map(torch.cat, zip(*parts, strict=True))))
+            for name, parts in found.items()
+        ),
+        layout.layers,
+    )
+    joined = joined._replace(across=joined.across * moments.count)  # from means to sums
+    return ClusterProducts.of(joined, layout.layers, moments.copy_count)
+
+
+def _products(rows: PerSample, mean: PerSample, last: PerSample | None, clusters: int) -> Products:
+    """Products of the rows [cluster * agent] of a stretch of clusters, also with the row before.
+
+    Those across are with the agents' means.
+    """
+    by_cluster = rows.regrouped(clusters)
+    agents, following = mean.samples, []
+    if last is not None:
+        following.append(last.inner(rows.some(slice(0, agents))))
+    if clusters > 1:
+        earlier = rows.some(slice(0, (clusters - 1) * agents)).regrouped(clusters - 1)
+        later = rows.some(slice(agents, clusters * agents)).regrouped(clusters - 1)
+        following.append(earlier.inner(later))
+    within = by_cluster.inner(by_cluster)
+    return Products(
+        within=within.double(),
+        across=by_cluster.inner(mean).double(),
+        following=torch.cat(following or [within[:0]]).double(),
+    )
