@@ -7,44 +7,34 @@ from test_jacobian import dense
 
 from gradlab.checks import UsageError
 from gradlab.metrics.coupling import coupling
+from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.config import HypernetworkConfig
 from trainers.generators import METHODS
+from trainers.generators.hypernetwork import HyperNetwork
 from trainers.networks import MLP
 
-PARTS = [(method, surrogate) for method in DECOUPLED for surrogate in ("q", "ppo-continuous")]
+FORMS = {
+    **{method: (method, {}) for method in DECOUPLED},
+    "two hidden layers": ("hypermarl", {"hidden": (6, 5)}),
+    "deep, one-hot": ("hypermarl", {"embedding": "one-hot", "hidden": (6, 5)}),
+    "deep, without bias": ("hypermarl", {"bias": False, "hidden": (6,)}),
+    "linear, learned": ("hypermarl-linear", {"embedding": "learned", "embedding_size": 2}),
+    "linear, without bias": ("hypermarl-linear", {"embedding": "learned", "bias": False}),
+}
+MEASURES = ("coupling", "coupling_frobenius")
 
 
-def traces(generator, by="layer", parameters=None):
-    """Traces by part of theta from the dense Jacobian, of some psi parameters or all."""
-    matrix = dense(generator)
-    columns = torch.cat([
-        torch.full((p.numel(),), parameters is None or n in parameters)
-        for n, p in generator.named_parameters()
-        if p.requires_grad
-    ])
-    matrix = matrix * columns
-    theta = generator(torch.arange(AGENTS))
-    names = [n for n, t in theta.items() for _ in range(t[0].numel())]
-    if by == "layer":
-        names = [name.partition(".")[0] for name in names]
-    found = {}
-    for part in ["all", *dict.fromkeys(names)]:
-        rows = torch.tensor([part in ("all", own) for own in names])
-        found[part] = torch.einsum("irp,krp->ik", matrix[:, rows], matrix[:, rows])
-    return found
-
-
-def normalised(products):
-    own = products.diagonal().sqrt()
-    return (products / own[:, None] / own[None]).numpy()
-
-
-def assert_within_error(found, expected, by="layer"):
-    assert list(found[by].values) == list(expected)
-    for part, products in expected.items():
-        here = found.sel({by: part})
-        difference = np.abs(here.coupling - normalised(products))
-        assert (difference <= 4 * here.coupling_error + 1e-10).all(), part
+def make(form, log_std=2, dtype=torch.float64):
+    """A small generator away from its initial point, where biases are 0."""
+    method, settings = FORMS[form]
+    random = torch.Generator().manual_seed(2)
+    mlp = MLP(sizes=(3, 4, 2), activation="tanh", head_gain=1.0, log_std_size=log_std)
+    config = HypernetworkConfig.model_validate(settings)
+    generator = METHODS[method](mlp, AGENTS, random, config)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=random)
+    return generator.to(dtype)
 
 
 class Without(torch.nn.Module):
@@ -58,96 +48,234 @@ class Without(torch.nn.Module):
         return self.inner(agents)
 
 
+class Linear(torch.nn.Module):
+    """theta_i = A_i psi, so that K_ik = A_i A_k^T."""
+
+    def __init__(self, matrices):
+        super().__init__()
+        self.register_buffer("matrices", matrices)
+        self.psi = torch.nn.Parameter(torch.zeros(matrices.shape[2]).to(matrices))
+
+    def forward(self, agents):
+        return {"w": self.matrices[agents] @ self.psi}
+
+
+def columns(generator, parameters=None):
+    """Which of psi's coordinates belong to some parameters, by default all."""
+    return torch.cat([
+        torch.full((p.numel(),), parameters is None or n in parameters)
+        for n, p in generator.named_parameters()
+        if p.requires_grad
+    ])
+
+
+def rows(generator, by):
+    """Which part of the policy each of theta's coordinates belongs to."""
+    theta = generator(torch.arange(AGENTS))
+    names = [n for n, t in theta.items() for _ in range(t[0].numel())]
+    return [n.partition(".")[0] for n in names] if by == "layer" else names
+
+
+def matrices(generator, parameters=None):
+    """K_ik for all pairs of agents, formed."""
+    matrix = dense(generator) * columns(generator, parameters)
+    return torch.einsum("irp,ksp->ikrs", matrix, matrix)
+
+
+def expected_coupling(generator, by="layer", parameters=None):
+    """Normalised traces and Frobenius norms of every part, from K itself."""
+    whole, names = matrices(generator, parameters), rows(generator, by)
+    found = {}
+    for part in ["all", *dict.fromkeys(names)]:
+        own = [part in ("all", name) for name in names]
+        block = whole[:, :, own][:, :, :, own]
+        found[part] = [np.empty((AGENTS, AGENTS)) for _ in MEASURES]
+        for i in range(AGENTS):
+            for k in range(AGENTS):
+                for values, size in zip(found[part], (torch.trace, torch.norm), strict=True):
+                    scale = (size(block[i, i]) * size(block[k, k])).sqrt()
+                    values[i, k] = size(block[i, k]) / scale
+    return found
+
+
+def assert_exact(found, expected, by="layer"):
+    assert list(found[by].values) == list(expected)
+    assert found.coupling_exact.all()
+    for part, both in expected.items():
+        here = found.sel({by: part})
+        for measure, values in zip(MEASURES, both, strict=True):
+            np.testing.assert_allclose(here[measure], values, rtol=1e-10, atol=1e-12)
+            np.testing.assert_array_equal(here[f"{measure}_error"], 0 * values)
+
+
+def assert_within_error(found, expected, by="layer"):
+    assert list(found[by].values) == list(expected)
+    assert not found.coupling_exact.any()
+    for part, both in expected.items():
+        here = found.sel({by: part})
+        for measure, values in zip(MEASURES, both, strict=True):
+            difference = np.abs(here[measure] - values)
+            assert (difference <= 4 * here[f"{measure}_error"] + 1e-10).all(), (part, measure)
+
+
 @pytest.mark.parametrize("by", ["layer", "parameter"])
-@pytest.mark.parametrize(("method", "surrogate"), PARTS)
-def test_coupling_equals_the_dense_jacobian_within_its_error(method, surrogate, by):
+@pytest.mark.parametrize("form", FORMS)
+def test_closed_form_equals_the_dense_coupling(form, by):
+    generator = make(form)
+    assert_exact(coupling(generator, AGENTS, by=by), expected_coupling(generator, by), by)
+
+
+@pytest.mark.parametrize("surrogate", ["q", "ppo-continuous"])
+@pytest.mark.parametrize("method", DECOUPLED)
+def test_closed_form_equals_the_dense_coupling_for_trained_networks(method, surrogate):
     generator = case(method, surrogate).generator
-    found = coupling(generator, AGENTS, by=by, probes=20)
-    assert_within_error(found, traces(generator, by), by)
+    assert_exact(coupling(generator, AGENTS), expected_coupling(generator))
 
 
-@pytest.mark.parametrize("method", DECOUPLED)
-def test_what_is_exact_has_no_error(method):
-    found = coupling(case(method, "ppo-continuous").generator, AGENTS)
-    # of a deep hypernetwork only the log standard deviations have no trunk
-    expected = found.layer == "log_std" if method == "hypermarl" else found.layer != ""
-    np.testing.assert_array_equal(found.coupling_exact, expected)
-    np.testing.assert_array_equal(
-        (found.coupling_error == 0).all(["agent", "agent_other"]), expected
-    )
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_equal_the_dense_blocks(form):
+    generator = make(form)
+    forms, whole, names = generator.coupling_forms(), matrices(generator), rows(generator, "name")
+    assert forms.names == tuple(dict.fromkeys(names))
+    for p, one in enumerate(forms.names):
+        for q, other in enumerate(forms.names):
+            block = whole[:, :, [n == one for n in names]][:, :, :, [n == other for n in names]]
+            squared = block.square().sum((2, 3))
+            torch.testing.assert_close(forms.squared[p, q], squared, rtol=1e-10, atol=1e-10)
+            if p == q:
+                trace = block.diagonal(dim1=2, dim2=3).sum(2)
+                torch.testing.assert_close(forms.trace[p], trace, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("method", DECOUPLED)
-def test_closed_form_of_the_heads_equals_the_dense_jacobian(method):
-    generator = case(method, "ppo-continuous").generator
-    closed, heads = generator.coupling_traces(), generator.head_parameters()
-    by_parameter = traces(generator, "parameter", heads)
-    assert list(closed) == list(by_parameter)[1:]
-    for name, products in closed.items():
-        torch.testing.assert_close(products, by_parameter[name], rtol=1e-10, atol=1e-10)
-    found = coupling(generator, AGENTS, probes=2).coupling_head
-    for layer, products in traces(generator, "layer", heads).items():
-        np.testing.assert_allclose(found.sel(layer=layer), normalised(products), rtol=1e-10)
+@pytest.mark.parametrize("form", FORMS)
+def test_coupling_head_is_that_of_the_heads_alone(form):
+    generator = make(form)
+    heads = {
+        n
+        for n, _ in generator.named_parameters()
+        if not isinstance(generator, HyperNetwork) or ".head." in n or n == "log_std"
+    }
+    found = coupling(generator, AGENTS).coupling_head
+    for layer, (trace, _) in expected_coupling(generator, parameters=heads).items():
+        np.testing.assert_allclose(found.sel(layer=layer), trace, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", DECOUPLED)
-def test_closed_form_of_the_heads_agrees_with_probes(method):
-    generator = case(method, "ppo-continuous").generator
-    heads = generator.head_parameters()
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_frozen_is_not_counted(form, seed):
+    generator = make(form)
+    random = torch.Generator().manual_seed(seed)
+    trained = {n for n, _ in generator.named_parameters() if torch.rand((), generator=random) < 0.6}
+    expected = expected_coupling(generator, parameters=trained)
     for name, parameter in generator.named_parameters():
-        parameter.requires_grad_(name in heads)
-    known, probed = (coupling(g, AGENTS) for g in (generator, Without(generator)))
-    assert known.coupling_exact.all()
-    assert not probed.coupling_exact.any()
-    assert np.isnan(probed.coupling_head).all()
-    np.testing.assert_allclose(known.coupling, known.coupling_head)
-    difference = np.abs(known.coupling - probed.coupling)
-    assert (difference <= 4 * probed.coupling_error + 1e-10).all()
+        parameter.requires_grad_(name in trained)
+    assert_exact(coupling(generator, AGENTS), expected)
 
 
-@pytest.mark.parametrize("method", DECOUPLED)
-@pytest.mark.parametrize("budget", [0, 2000])
-def test_the_budget_changes_nothing(method, budget):
-    for generator in (case(method, "q").generator, Without(case(method, "q").generator)):
-        wide, narrow = (coupling(generator, AGENTS, probes=3, budget=b) for b in (2**30, budget))
-        xr.testing.assert_allclose(wide, narrow, rtol=1e-10)
+def test_a_part_that_nothing_trained_makes_has_no_coupling():
+    generator = make("fups")
+    generator.theta["log_std"].requires_grad_(False)
+    for some in (generator, Without(generator)):
+        found = coupling(some, AGENTS)
+        for measure in MEASURES:
+            assert np.isnan(found[measure].sel(layer="log_std")).all()
+            np.testing.assert_allclose(found[measure].sel(layer=["all", "head"]), 1)
 
 
-def test_error_is_that_of_the_estimate():
-    generator = Without(case("hypermarl", "q").generator)
-    expected = normalised(traces(generator)["all"])
+@pytest.mark.parametrize("by", ["layer", "parameter"])
+@pytest.mark.parametrize("form", FORMS)
+def test_probes_agree_with_the_dense_coupling_within_their_error(form, by):
+    generator = Without(make(form))
+    found = coupling(generator, AGENTS, by=by, probes=24)
+    assert_within_error(found, expected_coupling(generator, by), by)
+    assert np.isnan(found.coupling_head).all()
+    norm = found.coupling_frobenius.to_numpy()  # K_ki is the transpose of K_ik
+    np.testing.assert_allclose(norm, norm.swapaxes(1, 2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["hypermarl", "linear, learned"])
+def test_probes_converge_to_the_closed_form(form):
+    generator = make(form)
+    known = coupling(generator, AGENTS).sel(layer="all")
+    off = ~np.eye(AGENTS, dtype=bool)
+    for measure in MEASURES:
+        error = []
+        for probes in (8, 512):
+            runs = [
+                coupling(
+                    Without(generator),
+                    AGENTS,
+                    probes=probes,
+                    random=torch.Generator().manual_seed(seed),
+                ).sel(layer="all")
+                for seed in range(4)
+            ]
+            differences = [(run[measure] - known[measure]).to_numpy()[off] for run in runs]
+            error.append(np.sqrt(np.mean(np.square(differences))))
+        # 64 times the probes, an eighth of the error
+        assert error[1] < error[0] / 3
+        assert error[1] < 0.01
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_error_is_that_of_the_estimate(measure):
+    generator = make("linear, learned")
+    pair = {"layer": "all", "agent": 0, "agent_other": 1}
+    expected = float(coupling(generator, AGENTS)[measure].sel(pair))
     runs = [
-        coupling(generator, AGENTS, random=torch.Generator().manual_seed(seed)).sel(layer="all")
+        coupling(
+            Without(generator), AGENTS, probes=40, random=torch.Generator().manual_seed(seed)
+        ).sel(pair)
         for seed in range(30)
     ]
-    pair = {"agent": 0, "agent_other": 1}
-    values = np.array([run.coupling.sel(pair) for run in runs])
-    stated = np.mean([run.coupling_error.sel(pair) for run in runs])
+    values = np.array([run[measure] for run in runs])
+    stated = np.mean([run[f"{measure}_error"] for run in runs])
     assert 0.7 < values.std(ddof=1) / stated < 1.4
-    assert abs(values.mean() - expected[0, 1]) < 4 * stated / np.sqrt(len(runs))
+    assert abs(values.mean() - expected) < 4 * stated / np.sqrt(len(runs))
 
 
-def test_a_frozen_head_is_not_counted():
-    generator = case("fups-id", "q").generator
-    generator.id_columns.requires_grad_(False)
-    found = coupling(generator, AGENTS)
-    np.testing.assert_allclose(found.coupling, 1)
-    np.testing.assert_array_equal(found.coupling_exact, [False, False, True, True])
-    assert np.isnan(found.coupling_head.sel(layer=["all", "layer0"])).all()
+def test_coupling_of_known_matrices():
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 4, 6, generator=random, dtype=torch.float64)
+    left, right = (torch.eye(6, dtype=torch.float64)[rows] for rows in ([0, 1, 2, 3], [4, 5, 4, 5]))
+    agents = torch.stack([a, 3 * a, -a, b, left, right])
+    found = coupling(Linear(agents), len(agents), probes=2000).sel(layer="all")
+    trace, norm = found.coupling.to_numpy(), found.coupling_frobenius.to_numpy()
+    for i, k, sign in ((0, 0, 1), (0, 1, 1), (0, 2, -1), (1, 2, -1)):  # identical, opposite
+        np.testing.assert_allclose((trace[i, k], norm[i, k]), (sign, 1), rtol=1e-12)
+    assert trace[4, 5] == norm[4, 5] == 0  # orthogonal
+    products = [[one @ other.mT for other in agents] for one in agents]
+    for i, k in ((0, 3), (3, 4), (3, 5)):
+        own = [products[j][j] for j in (i, k)]
+        expected = (
+            products[i][k].trace() / (own[0].trace() * own[1].trace()).sqrt(),
+            products[i][k].norm() / (own[0].norm() * own[1].norm()).sqrt(),
+        )
+        np.testing.assert_allclose((trace[i, k], norm[i, k]), expected, atol=0.03)
 
-    generator = case("hypermarl", "q").generator
-    generator.parts["layer1/weight"]["head"].requires_grad_(False)
-    assert_within_error(coupling(generator, AGENTS, probes=20), traces(generator))
+
+@pytest.mark.parametrize("form", DECOUPLED)
+@pytest.mark.parametrize("budget", [0, 4000])
+def test_the_budget_changes_nothing(form, budget):
+    generator = Without(make(form))
+    wide, narrow = (coupling(generator, AGENTS, probes=5, budget=b) for b in (2**30, budget))
+    # what is known without doubt has an error of rounding alone
+    xr.testing.assert_allclose(wide, narrow, rtol=1e-10, atol=1e-10)
 
 
-def test_some_of_the_agents():
-    generator = case("hypermarl-linear", "q").generator
+@pytest.mark.parametrize("form", FORMS)
+def test_some_of_the_agents(form):
+    generator = make(form)
     every, two = coupling(generator, AGENTS), coupling(generator, 2)
     xr.testing.assert_allclose(two, every.isel(agent=slice(2), agent_other=slice(2)))
+    alone = coupling(generator, 1)
+    for measure in MEASURES:
+        np.testing.assert_allclose(alone[measure], 1)
 
 
-def test_coupling_leaves_no_trace():
-    generator = case("hypermarl", "q").generator
+@pytest.mark.parametrize("of", [make, lambda form: Without(make(form))], ids=["closed", "probes"])
+def test_coupling_leaves_no_trace(of):
+    generator = of("hypermarl")
     before = {n: t.clone() for n, t in generator.state_dict().items()}
     state = torch.random.get_rng_state()
     with torch.no_grad():
@@ -161,10 +289,17 @@ def test_coupling_leaves_no_trace():
         assert torch.equal(tensor, before[name])
 
 
-def test_coupling_in_float32():
-    generator = case("hypermarl", "q").generator
+def test_closed_form_of_float32_is_taken_in_float64():
+    generator = make("hypermarl", dtype=torch.float32)
+    single = coupling(generator, AGENTS)
+    assert_exact(single, expected_coupling(generator.double()))
+
+
+def test_probes_in_float32():
+    generator = Without(make("hypermarl"))
     double, single = coupling(generator, AGENTS), coupling(generator.float(), AGENTS)
-    np.testing.assert_allclose(single.coupling, double.coupling, rtol=1e-4)
+    for measure in MEASURES:
+        np.testing.assert_allclose(single[measure], double[measure], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -180,10 +315,13 @@ def test_golden_values(method, settings, expected):
     mlp = MLP(sizes=(3, 4, 2), activation="tanh", head_gain=1.0)
     config = HypernetworkConfig.model_validate(settings)
     generator = METHODS[method](mlp, 4, torch.Generator().manual_seed(0), config)
-    kappa = coupling(generator, 4).coupling.to_numpy()
     off = ~np.eye(4, dtype=bool)
-    np.testing.assert_allclose(kappa[:, off], expected, atol=1e-12)
-    np.testing.assert_allclose(kappa[:, ~off], 1)
+    for some in (generator, Without(generator)):  # probes know a multiple of the identity exactly
+        found = coupling(some, 4)
+        for measure in MEASURES:
+            kappa = found[measure].to_numpy()
+            np.testing.assert_allclose(kappa[:, off], expected, atol=1e-6)
+            np.testing.assert_allclose(kappa[:, ~off], 1)
 
 
 def test_bad_input_is_named():
@@ -196,6 +334,7 @@ def test_bad_input_is_named():
         coupling(generator, 4)
     with pytest.raises(UsageError, match="`generator` must not read the observation"):
         coupling(case("hypermarl-coupled", "q").generator, AGENTS)
-    generator.coupling_traces = lambda: {"other": torch.eye(AGENTS)}
-    with pytest.raises(UsageError, match=r"`coupling_traces` must name policy parameters .*other"):
+    ones = {"other": torch.ones(AGENTS, AGENTS, dtype=torch.float64)}
+    generator.coupling_forms = lambda: CouplingForms.multiples_of_identity({"other": 2}, ones)
+    with pytest.raises(UsageError, match=r"`coupling_forms` must name the policy .*'other'"):
         coupling(generator, AGENTS)

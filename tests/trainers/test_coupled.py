@@ -106,8 +106,8 @@ def test_what_is_said_of_one_j_is_refused():
     _, generator, _ = make("discrete")
     with pytest.raises(UsageError, match="`observation` must be given"):
         generator.all_agents()
-    with pytest.raises(UsageError, match="`coupling_traces` must be asked of a generator that"):
-        generator.coupling_traces()
+    with pytest.raises(UsageError, match="`coupling_forms` must be asked of a generator that"):
+        generator.coupling_forms()
 
 
 def train(folder, stop_after=math.inf, **settings):

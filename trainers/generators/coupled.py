@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradlab.checks import UsageError
+from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.generators.hypernetwork import HyperNetwork
 from trainers.networks import Theta
 
@@ -56,13 +57,13 @@ class CoupledHyperNetwork(HyperNetwork):
         rows, what = super().representation()
         return rows, what if self.learned else f"{what}, for an observation of zeros"
 
-    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
+    def coupling_forms(self) -> CouplingForms:
         """There are none: J is another one for every sample.
 
         Raises:
             UsageError: Always.
         """
         raise UsageError(
-            "`coupling_traces` must be asked of a generator that does not read the observation: "
+            "`coupling_forms` must be asked of a generator that does not read the observation: "
             "this one's J differs from sample to sample. Got generator=CoupledHyperNetwork."
         )

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Generator as RandomGenerator
 from torch import Tensor, nn
 
+from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.networks import MLP, Theta
 
 
@@ -57,21 +58,13 @@ class Generator(nn.Module, ABC):
         return theta
 
     @abstractmethod
-    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
-        """Closed form of how far the heads tie agents together.
+    def coupling_forms(self) -> CouplingForms:
+        """Closed form of how far the scheme ties agents together.
 
         Returns:
-            By policy parameter, the trace of J_i J_k^T over its rows, J being taken with respect
-            to the trained parameters that `head_parameters` names.
+            Exact traces and norms of J_i J_k^T, with respect to the parameters that require a
+            gradient.
         """
-
-    def head_parameters(self) -> set[str]:
-        """Name the trained parameters that policy parameters depend on linearly.
-
-        Returns:
-            Names in `named_parameters`; all, unless a scheme has more than heads.
-        """
-        return {name for name, _ in self.named_parameters()}
 
     def policy_for(self, observation: Float[Tensor, "agent sample obs"]) -> Theta:  # noqa: ARG002
         """Make the parameters with which all agents act on what they see.

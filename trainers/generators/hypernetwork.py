@@ -8,7 +8,9 @@ from jaxtyping import Float, Int
 from torch import Generator as RandomGenerator
 from torch import Tensor, nn
 
+from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.generators.generator import Generator
+from trainers.generators.tangent_kernel import PartKernel, coupling_forms, part_kernel
 from trainers.networks import MLP, Theta
 
 
@@ -114,24 +116,25 @@ class HyperNetwork(Generator):
         )
         return rows, "each agent's generated weights (its embedding is a fixed one-hot)"
 
-    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
-        """See `Generator.coupling_traces`: (f(e_i) . f(e_k) + 1) for each weight of a head."""
-        traces: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, shape in self.shapes.items():
-                part = self.parts[name.replace(".", "/")]
-                assert isinstance(part, nn.ModuleDict)
-                features = part["trunk"](self.embedding).double()
-                bias = float(part["head"].bias is not None)
-                traces[name] = (features @ features.mT + bias) * math.prod(shape)
-        if self.mlp.log_std_size:
-            everyone = torch.ones(self.agents, self.agents, dtype=torch.float64)
-            traces["log_std"] = everyone * self.mlp.log_std_size
-        return traces
+    def coupling_forms(self) -> CouplingForms:
+        """See `Generator.coupling_forms`.
 
-    def head_parameters(self) -> set[str]:
-        """See `Generator.head_parameters`."""
-        return {n for n, _ in self.named_parameters() if ".head." in n or n == "log_std"}
+        Two agents' weights are tied by the head, the same for all of them, and by the trunk. A
+        learned embedding, which is the agent's own, ties each weight to all others of the agent.
+        """
+        trained = self.learned and self.embedding.requires_grad
+        kernels: list[PartKernel] = []
+        for name in self.shapes:
+            part = self.parts[name.replace(".", "/")]
+            assert isinstance(part, nn.ModuleDict)
+            trunk, head = part["trunk"], part["head"]
+            assert isinstance(trunk, nn.Sequential)
+            assert isinstance(head, nn.Linear)
+            kernels.append(part_kernel(trunk, head, self.embedding, trained))
+        if self.mlp.log_std_size:
+            kernels.append(PartKernel.shared(self.log_std, self.agents, self.embedding.shape[1]))
+        names = (*self.shapes, *(["log_std"] if self.mlp.log_std_size else []))
+        return coupling_forms(names, kernels)
 
     def layer_of(self, parameter: str) -> str:
         """See `Generator.layer_of`."""

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Generator as RandomGenerator
 from torch import Tensor, nn
 
+from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.generators.generator import Generator, initial_theta
 from trainers.networks import MLP, Theta
 
@@ -29,10 +30,13 @@ class NoPS(Generator):
         rows = torch.cat([tensor.detach().flatten(1) for tensor in self.theta.values()], dim=1)
         return rows, "each agent's own weights"
 
-    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
-        """See `Generator.coupling_traces`."""
+    def coupling_forms(self) -> CouplingForms:
+        """See `Generator.coupling_forms`: J_i J_k^T = 0 for two agents, 1 for one."""
         own = torch.eye(self.agents, dtype=torch.float64)
-        return {name.replace("/", "."): own * t[0].numel() for name, t in self.theta.items()}
+        return CouplingForms.multiples_of_identity(
+            {name.replace("/", "."): t[0].numel() for name, t in self.theta.items()},
+            {name.replace("/", "."): own * t.requires_grad for name, t in self.theta.items()},
+        )
 
     def clip_gradients(self, max_norm: float) -> None:
         """Clip each agent's gradient by its own norm, as if it were trained alone.

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Generator as RandomGenerator
 from torch import Tensor, nn
 
+from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.generators.generator import Generator, initial_theta
 from trainers.networks import MLP, Theta
 
@@ -25,9 +26,11 @@ class FuPS(Generator):
         flat = torch.cat([tensor.detach().flatten() for tensor in self.theta.values()])
         return flat.expand(self.agents, -1), "the shared weights, the same for every agent"
 
-    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
-        """See `Generator.coupling_traces`."""
-        return _shared_traces(self.theta, self.agents)
+    def coupling_forms(self) -> CouplingForms:
+        """See `Generator.coupling_forms`: J is the identity for every agent."""
+        return CouplingForms.multiples_of_identity(
+            _sizes(self.theta), _everyone(self.theta, self.agents)
+        )
 
     def layer_of(self, parameter: str) -> str:
         """See `Generator.layer_of`."""
@@ -60,12 +63,12 @@ class FuPSID(Generator):
         """See `Generator.representation`."""
         return self.id_columns.detach(), "each agent's ID column of the first layer"
 
-    def coupling_traces(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
-        """See `Generator.coupling_traces`."""
-        traces = _shared_traces(self.theta, self.agents)
-        bias = f"{self._first}.bias"
-        own = torch.eye(self.agents, dtype=torch.float64) * self.id_columns.shape[1]
-        return traces | {bias: traces[bias] + own}
+    def coupling_forms(self) -> CouplingForms:
+        """See `Generator.coupling_forms`: only the first bias is in part an agent's own."""
+        factors = _everyone(self.theta, self.agents)
+        own = torch.eye(self.agents, dtype=torch.float64) * self.id_columns.requires_grad
+        factors[f"{self._first}.bias"] += own
+        return CouplingForms.multiples_of_identity(_sizes(self.theta), factors)
 
     def layer_of(self, parameter: str) -> str:
         """See `Generator.layer_of`."""
@@ -74,10 +77,14 @@ class FuPSID(Generator):
         return parameter.removeprefix("theta.").partition("/")[0]
 
 
-def _shared_traces(theta: nn.ParameterDict, agents: int) -> dict[str, Tensor]:
-    """J is the identity for every agent: the trace is the number of parameters."""
-    everyone = torch.ones(agents, agents, dtype=torch.float64)
-    return {name.replace("/", "."): everyone * tensor.numel() for name, tensor in theta.items()}
+def _sizes(theta: nn.ParameterDict) -> dict[str, int]:
+    return {name.replace("/", "."): tensor.numel() for name, tensor in theta.items()}
+
+
+def _everyone(theta: nn.ParameterDict, agents: int) -> dict[str, Tensor]:
+    """1 for every pair of agents, where the parameter is trained."""
+    ones = torch.ones(agents, agents, dtype=torch.float64)
+    return {n.replace("/", "."): ones * tensor.requires_grad for n, tensor in theta.items()}
 
 
 def _register(theta: Theta) -> nn.ParameterDict:
