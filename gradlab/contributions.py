@@ -2,6 +2,7 @@ r"""What agents make of gradients in theta-space: their contributions :math:`g_i
 
 import math
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -14,11 +15,27 @@ from gradlab.engine.accumulate import DEFAULT_BUDGET
 from gradlab.engine.clusters import FactoredSums, Products
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part
-from gradlab.engine.per_sample import PerSample, Rows
+from gradlab.engine.per_sample import Known, PerSample, Rows
 from gradlab.engine.plan import planned_gradients
 from gradlab.engine.surrogate import Theta
 from gradlab.factorisation import reads_observation
 from gradlab.parameters import ParameterLayout
+
+
+@runtime_checkable
+class PullsBack(Protocol):
+    """A generator that applies its own J^T, which is faster than having it found out."""
+
+    def pull_back(self, z: Theta, agents: Int[Tensor, " row"]) -> Mapping[str, PerSample]:
+        """Apply every row's agent's J_i^T.
+
+        Args:
+            z: Gradients [row, ...] by policy parameter.
+            agents: The agent of each row.
+
+        Returns:
+            The products by trained parameter, of a single "agent" whose samples are the rows.
+        """
 
 
 def policy_parameters(generator: nn.Module, agents: int) -> Theta:
@@ -55,9 +72,10 @@ def contributions(
 ) -> dict[str, PerSample]:
     r"""Apply every agent's :math:`J_i^\top`, as the gradient of :math:`\theta_i \cdot Z_i`.
 
-    The engine sees a generator as one network whose samples are the agents: what a hypernetwork's
-    linear heads make of them is kept as outer products, so that memory grows by the size of theta
-    with each agent, not by that of psi.
+    By the generator's own `pull_back` if it has one. Otherwise the engine sees a generator as one
+    network whose samples are the agents. Either way, what a hypernetwork's linear heads make of
+    them is kept as outer products, so that memory grows by the size of theta with each agent, not
+    by that of psi.
 
     Args:
         generator: As for `gradlab.decompose`.
@@ -69,10 +87,25 @@ def contributions(
     """
     psi = {n: p.detach()[None] for n, p in generator.named_parameters() if p.requires_grad}
     dtype = next(iter(psi.values())).dtype
-    batch = {f"z/{name}": tensor.to(dtype)[None] for name, tensor in z.items()}
+    z = {name: tensor.to(dtype) for name, tensor in z.items()}
     rows = len(next(iter(z.values())))
     numbers = agent_numbers(generator, agents or rows).repeat(rows // (agents or rows))
-    part = Part(batch=batch | {"agent": numbers[None]})
+    found = (
+        generator.pull_back(z, numbers)
+        if isinstance(generator, PullsBack)
+        else _by_engine(generator, psi, z, numbers)
+    )
+    return {  # what no policy parameter is made of has no part in the gradient
+        name: found.get(name, Rows(tensor.new_zeros(()).expand(1, rows, *tensor.shape[1:])))
+        for name, tensor in psi.items()
+    }
+
+
+def _by_engine(
+    generator: nn.Module, psi: Theta, z: Theta, agents: Int[Tensor, " row"]
+) -> dict[str, PerSample]:
+    batch = {f"z/{name}": tensor[None] for name, tensor in z.items()}
+    part = Part(batch=batch | {"agent": agents[None]})
 
     def product(psi: Theta, sample: dict[str, Tensor]) -> Tensor:
         theta: Theta = functional_call(generator, psi, (sample["agent"][None],))
@@ -80,11 +113,7 @@ def contributions(
             (t.squeeze(0) * sample[f"z/{n}"]).sum() for n, t in theta.items()
         ]).sum()
 
-    found = planned_gradients(product, psi, part, owner=generator, warn=False)
-    return {  # what no policy parameter is made of has no part in the gradient
-        name: found.get(name, Rows(tensor.new_zeros(()).expand(1, rows, *tensor.shape[1:])))
-        for name, tensor in psi.items()
-    }
+    return planned_gradients(product, psi, part, owner=generator, warn=False)
 
 
 def agent_numbers(generator: nn.Module, agents: int) -> Int[Tensor, " agent"]:
@@ -126,6 +155,7 @@ def psi_products(
     sums, agents = moments.by_copy(), len(moments.count)
     assert moments.copy_count is not None
     dtype = next(p.dtype for p in generator.parameters() if p.requires_grad)
+    whole = {name: part.to(dtype) for name, part in means.items()}
     kept = sum(part.nbytes for part in means.values())
     kept += sum(s.like.element_size() * agents * math.prod(s.shape) for s in sums.values())
     most = max(1, budget // kept)
@@ -140,9 +170,14 @@ def psi_products(
         for name, of_cluster in sums.items():
             room = of_cluster.like.new_empty(agents, number, *of_cluster.shape)
             z[name] = of_cluster.form(clusters, room).transpose(0, 1).flatten(0, 1)
-        for name, rows in contributions(generator, z, agents).items():
-            found[name].append(_products(rows, means[name].to(dtype), last.get(name), number))
-            last[name] = rows.some(slice((number - 1) * agents, number * agents))
+        pulled = contributions(generator, z, agents)
+        known: Known = {}
+        for name, rows in pulled.items():
+            found[name].append(_products(rows, whole[name], last.get(name), number, known))
+        last = {
+            name: rows.some(slice((number - 1) * agents, number * agents))
+            for name, rows in pulled.items()
+        }
     joined = Products.by_layer(
         (
             (layout.layer_of[name], Products(*map(torch.cat, zip(*parts, strict=True))))
@@ -154,7 +189,9 @@ def psi_products(
     return ClusterProducts.of(joined, layout.layers, moments.copy_count)
 
 
-def _products(rows: PerSample, mean: PerSample, last: PerSample | None, clusters: int) -> Products:
+def _products(
+    rows: PerSample, mean: PerSample, last: PerSample | None, clusters: int, known: Known
+) -> Products:
     """Products of the rows [cluster * agent] of a stretch of clusters, also with the row before.
 
     Those across are with the agents' means.
@@ -162,14 +199,14 @@ def _products(rows: PerSample, mean: PerSample, last: PerSample | None, clusters
     by_cluster = rows.regrouped(clusters)
     agents, following = mean.samples, []
     if last is not None:
-        following.append(last.inner(rows.some(slice(0, agents))))
+        following.append(last.inner(rows.some(slice(0, agents)), known))
     if clusters > 1:
         earlier = rows.some(slice(0, (clusters - 1) * agents)).regrouped(clusters - 1)
         later = rows.some(slice(agents, clusters * agents)).regrouped(clusters - 1)
-        following.append(earlier.inner(later))
-    within = by_cluster.inner(by_cluster)
+        following.append(earlier.inner(later, known))
+    within = by_cluster.inner(by_cluster, known)
     return Products(
         within=within.double(),
-        across=by_cluster.inner(mean).double(),
+        across=by_cluster.inner(mean, known).double(),
         following=torch.cat(following or [within[:0]]).double(),
     )

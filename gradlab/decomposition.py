@@ -12,6 +12,7 @@ With agent i's policy parameters made by a generator, :math:`\theta_i = h_\psi(i
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from gradlab.engine.part import Part, batch_axes, in_precision
 from gradlab.engine.per_sample import PerSample, Rows
 from gradlab.engine.plan import Engine
 from gradlab.engine.surrogate import Surrogate, explained
+from gradlab.estimates import Estimates
 from gradlab.factorisation import factorise, reads_observation
 from gradlab.losses import sample_losses
 from gradlab.parameters import ParameterLayout, owning_module
@@ -87,6 +89,11 @@ class Decomposition:
     def total(self) -> Float[Tensor, " psi"]:
         """The sum of all g_i, formed without them."""
         return self.psi_layout.flatten({n: p.sum()[0] for n, p in self.contributions.items()})
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimates]:
+        """What the products say of the true gradients; empty if clusters are not told apart."""
+        return {space: Estimates(products) for space, products in self.products.items()}
 
     def gram_theta(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
         """Inner products Z_i . Z_k by policy layer, in float64."""

@@ -22,6 +22,9 @@ DEFAULT_BUDGET = 32 * 2**20
 """Bytes that what is kept for one part's gradients may take."""
 
 
+_FORMED = 16 * 2**20
+"""Bytes of a parameter's sums by copy that are kept formed even if their factors are smaller."""
+
 _NONE = 2**62  # greater than any sample's number
 
 
@@ -204,7 +207,11 @@ class _Sums:
     def _cluster_sums(self, gradient: PerSample, clusters: int, samples: int) -> ClusterSums:
         """The form in which a parameter's sums by copy take less memory."""
         size = math.prod(gradient.shape)
-        if isinstance(gradient, Outer) and gradient.numbers_per_sample * samples < size:
+        small = self.agents * clusters * size * self.like.element_size() <= _FORMED
+        factors_are_smaller = (
+            isinstance(gradient, Outer) and gradient.numbers_per_sample * samples < size
+        )
+        if factors_are_smaller and not small:
             return FactoredSums(self.like, self.agents, clusters, gradient.shape)
         return FormedSums.empty(self.like, self.agents, clusters, samples, gradient.shape)
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Generator as RandomGenerator
 from torch import Tensor, nn
 
+from gradlab.engine.per_sample import PerSample
 from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.networks import MLP, Theta
 
@@ -64,6 +65,18 @@ class Generator(nn.Module, ABC):
         Returns:
             Exact traces and norms of J_i J_k^T, with respect to the parameters that require a
             gradient.
+        """
+
+    @abstractmethod
+    def pull_back(self, z: Theta, agents: Int[Tensor, " row"]) -> dict[str, PerSample]:
+        """Apply J_i^T, as `gradlab.contributions.PullsBack` says.
+
+        Args:
+            z: Gradients [row, ...] by policy parameter.
+            agents: The agent of each row.
+
+        Returns:
+            The products by trained parameter.
         """
 
     def policy_for(self, observation: Float[Tensor, "agent sample obs"]) -> Theta:  # noqa: ARG002

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Generator as RandomGenerator
 from torch import Tensor, nn
 
+from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows
 from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.generators.generator import Generator
 from trainers.generators.tangent_kernel import PartKernel, coupling_forms, part_kernel
@@ -105,6 +106,42 @@ class HyperNetwork(Generator):
         if self.mlp.log_std_size:
             theta["log_std"] = self.log_std[None]
         return theta
+
+    @torch.no_grad()
+    def pull_back(self, z: Theta, agents: Int[Tensor, " row"]) -> dict[str, PerSample]:
+        """See `Generator.pull_back`: the chain rule, row by row; features are made once."""
+        found: dict[str, PerSample] = {}
+        of_embedding = self.embedding.new_zeros(len(agents), self.embedding.shape[1])
+        for name in self.shapes:
+            path = name.replace(".", "/")
+            part = self.parts[path]
+            assert isinstance(part, nn.ModuleDict)
+            assert isinstance(part["head"], nn.Linear)
+            read, gradient = self.embedding, z[name].flatten(1)
+            layers = [(f"trunk.{n}", m) for n, m in part["trunk"].named_children()]
+            passed: list[tuple[str, nn.Linear, Tensor]] = []
+            for place, module in (*layers, ("head", part["head"])):
+                if isinstance(module, nn.Linear):
+                    passed.append((place, module, read))
+                read = module(read) if module is not part["head"] else read
+            for place, module, inputs in reversed(passed):
+                own = inputs[agents]
+                found[f"parts.{path}.{place}.weight"] = Outer(
+                    own[None, :, None], gradient[None, :, None]
+                )
+                if module.bias is not None:
+                    found[f"parts.{path}.{place}.bias"] = Rows(gradient[None])
+                gradient = gradient @ module.weight
+                if module is not passed[0][1]:
+                    gradient *= own > 0  # what a layer reads has passed a ReLU
+            of_embedding += gradient
+        if self.learned:
+            found["embedding"] = Lookup(
+                agents[None, :, None], of_embedding[None, :, None], self.embedding.shape
+            )
+        if self.mlp.log_std_size:
+            found["log_std"] = Rows(z["log_std"][None])
+        return found
 
     def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
         """See `Generator.representation`."""

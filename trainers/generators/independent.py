@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Generator as RandomGenerator
 from torch import Tensor, nn
 
+from gradlab.engine.per_sample import Lookup, PerSample
 from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.generators.generator import Generator, initial_theta
 from trainers.networks import MLP, Theta
@@ -29,6 +30,15 @@ class NoPS(Generator):
         """See `Generator.representation`."""
         rows = torch.cat([tensor.detach().flatten(1) for tensor in self.theta.values()], dim=1)
         return rows, "each agent's own weights"
+
+    def pull_back(self, z: Theta, agents: Int[Tensor, " row"]) -> dict[str, PerSample]:
+        """See `Generator.pull_back`: each row goes to its agent's slice."""
+        found: dict[str, PerSample] = {}
+        for name, rows in z.items():
+            of_psi = name.replace(".", "/")
+            shape = self.theta[of_psi].shape
+            found[f"theta.{of_psi}"] = Lookup(agents[None, :, None], rows[None, :, None], shape)
+        return found
 
     def coupling_forms(self) -> CouplingForms:
         """See `Generator.coupling_forms`: J_i J_k^T = 0 for two agents, 1 for one."""

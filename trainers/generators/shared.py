@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Generator as RandomGenerator
 from torch import Tensor, nn
 
+from gradlab.engine.per_sample import Lookup, PerSample, Rows
 from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.generators.generator import Generator, initial_theta
 from trainers.networks import MLP, Theta
@@ -25,6 +26,10 @@ class FuPS(Generator):
         """See `Generator.representation`."""
         flat = torch.cat([tensor.detach().flatten() for tensor in self.theta.values()])
         return flat.expand(self.agents, -1), "the shared weights, the same for every agent"
+
+    def pull_back(self, z: Theta, agents: Int[Tensor, " row"]) -> dict[str, PerSample]:  # noqa: ARG002
+        """See `Generator.pull_back`."""
+        return _pulled(z)
 
     def coupling_forms(self) -> CouplingForms:
         """See `Generator.coupling_forms`: J is the identity for every agent."""
@@ -63,6 +68,12 @@ class FuPSID(Generator):
         """See `Generator.representation`."""
         return self.id_columns.detach(), "each agent's ID column of the first layer"
 
+    def pull_back(self, z: Theta, agents: Int[Tensor, " row"]) -> dict[str, PerSample]:
+        """See `Generator.pull_back`."""
+        own = z[f"{self._first}.bias"]
+        columns = Lookup(agents[None, :, None], own[None, :, None], self.id_columns.shape)
+        return _pulled(z) | {"id_columns": columns}
+
     def coupling_forms(self) -> CouplingForms:
         """See `Generator.coupling_forms`: only the first bias is in part an agent's own."""
         factors = _everyone(self.theta, self.agents)
@@ -75,6 +86,10 @@ class FuPSID(Generator):
         if parameter == "id_columns":
             return self._first
         return parameter.removeprefix("theta.").partition("/")[0]
+
+
+def _pulled(z: Theta) -> dict[str, PerSample]:
+    return {f"theta.{name.replace('.', '/')}": Rows(rows[None]) for name, rows in z.items()}
 
 
 def _sizes(theta: nn.ParameterDict) -> dict[str, int]:

@@ -1,0 +1,54 @@
+"""J_i^T by the generators' own rule against the engine's, which looks into any generator."""
+
+import pytest
+import torch
+from cases import AGENTS, DECOUPLED, case
+from torch import nn
+
+from gradlab.contributions import PullsBack, contributions
+from trainers.config import HypernetworkConfig
+from trainers.envs.vector_env import Box
+from trainers.generators import METHODS
+from trainers.policies import make_policy
+
+DEEP = HypernetworkConfig(hidden=(5, 4), bias=False)
+
+
+class Plain(nn.Module):
+    """A generator without a rule of its own, so that the engine has to look into it."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, agents):
+        return self.generator(agents)
+
+
+def generators():
+    for method in DECOUPLED:
+        yield method, case(method, "ppo-continuous").generator
+    random = torch.Generator().manual_seed(0)
+    box = Box(low=-torch.ones(2), high=torch.ones(2))
+    network = make_policy(3, box, hidden=(4,), activation="tanh").network
+    yield "deep", METHODS["hypermarl"](network, AGENTS, random, DEEP).double()
+
+
+@pytest.mark.parametrize(("method", "generator"), generators())
+def test_a_generators_own_rule_equals_the_engines(method, generator):
+    assert isinstance(generator, PullsBack), method
+    random = torch.Generator().manual_seed(1)
+    theta = generator(torch.arange(AGENTS))
+    rows = {
+        name: torch.randn(4 * AGENTS, *t.shape[1:], generator=random, dtype=torch.float64)
+        for name, t in theta.items()
+    }
+    frozen = next(p for n, p in generator.named_parameters() if n.endswith("bias"))
+    frozen.requires_grad_(False)
+    ours = contributions(generator, rows, AGENTS)
+    theirs = contributions(Plain(generator), rows, AGENTS)
+    assert {f"generator.{name}" for name in ours} == set(theirs)
+    for name, part in ours.items():
+        expected = theirs[f"generator.{name}"]
+        torch.testing.assert_close(part.rows(), expected.rows(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(part.gram(), expected.gram(), rtol=1e-10, atol=1e-11)
