@@ -101,6 +101,10 @@ class Decomposition:
 
     def gram_psi(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
         """Inner products g_i . g_k by layer, in float64; no g_i is formed where factors do."""
+        return dict(self._gram_psi)
+
+    @cached_property
+    def _gram_psi(self) -> dict[str, Tensor]:
         zero = self.moments.sum.new_zeros(self.agents, self.agents)
         grams = {layer: zero.clone() for layer in self.psi_layout.layers}
         for name, contribution in self.contributions.items():

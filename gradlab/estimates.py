@@ -23,7 +23,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from gradlab.cluster_products import Array, ClusterProducts
 
@@ -185,7 +185,7 @@ class Estimates:
         """Two-sided p-value of D_ik = 0, [layer, agent, agent]; 1 where it is 0 by structure."""
         with np.errstate(invalid="ignore", divide="ignore"):
             t = np.abs(self.inner_product) / self.inner_product_error
-            p = 2 * stats.t.sf(t, self.clusters - 1)
+            p = 2 * special.stdtr(self.clusters - 1, -t)
         structural = (self.inner_product == 0) & (self.inner_product_error == 0)
         return np.where(structural, 1.0, p)
 
@@ -198,14 +198,20 @@ class Estimates:
         """
         verdict = np.full_like(self.p_value, np.nan)
         rows, columns = np.triu_indices(verdict.shape[-1], k=1)
-        for layer, p in enumerate(self.p_value[:, rows, columns]):
-            known = np.isfinite(p)
-            found = np.full(len(p), np.nan)
-            if known.any():
-                adjusted = stats.false_discovery_control(p[known], method="bh")
-                sign = np.sign(self.inner_product[layer, rows, columns][known])
-                found[known] = np.where(adjusted <= 1 - LEVEL, sign, UNDECIDED)
-            verdict[layer, rows, columns] = verdict[layer, columns, rows] = found
+        p, sign = (v[:, rows, columns] for v in (self.p_value, np.sign(self.inner_product)))
+        known = np.isfinite(p)
+        found = np.full_like(p, np.nan)
+        if known.all() and p.size:
+            adjusted = stats.false_discovery_control(p, axis=1, method="bh")
+            found = np.where(adjusted <= 1 - LEVEL, sign, UNDECIDED)
+        else:  # scipy takes no NaN
+            for layer in np.flatnonzero(known.any(1)):
+                of_layer = known[layer]
+                adjusted = stats.false_discovery_control(p[layer, of_layer], method="bh")
+                found[layer, of_layer] = np.where(
+                    adjusted <= 1 - LEVEL, sign[layer, of_layer], UNDECIDED
+                )
+        verdict[:, rows, columns] = verdict[:, columns, rows] = found
         return verdict
 
     @cached_property
@@ -241,7 +247,7 @@ class Estimates:
         n = self.clusters
         kernel = self._kernel.pair
         projection = np.maximum(_ratio(self._jackknife.pair * n * (n - 2) / 4 - kernel, n - 4), 0.0)
-        needed = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(power)
+        needed = special.ndtri((1 + LEVEL) / 2) + special.ndtri(power)
         own = np.where(self.signal > 0, self.signal, np.nan)
         target = cosine**2 * own[..., :, None] * own[..., None, :] / needed**2
         return (2 * projection + np.sqrt(4 * projection**2 + 2 * kernel * target)) / target
@@ -249,7 +255,7 @@ class Estimates:
     @cached_property
     def _quantile(self) -> Array:
         enough = np.where(self.clusters >= FEWEST, self.clusters - 1, np.nan)
-        return np.asarray(stats.t.ppf((1 + LEVEL) / 2, enough))
+        return np.asarray(special.stdtrit(enough, (1 + LEVEL) / 2))
 
     @cached_property
     def _jackknife(self) -> _Covariances:

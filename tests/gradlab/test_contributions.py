@@ -34,7 +34,7 @@ def generators():
     yield "deep", METHODS["hypermarl"](network, AGENTS, random, DEEP).double()
 
 
-@pytest.mark.parametrize(("method", "generator"), generators())
+@pytest.mark.parametrize(("method", "generator"), list(generators()))
 def test_a_generators_own_rule_equals_the_engines(method, generator):
     assert isinstance(generator, PullsBack), method
     random = torch.Generator().manual_seed(1)

@@ -111,7 +111,8 @@ class HyperNetwork(Generator):
     def pull_back(self, z: Theta, agents: Int[Tensor, " row"]) -> dict[str, PerSample]:
         """See `Generator.pull_back`: the chain rule, row by row; features are made once."""
         found: dict[str, PerSample] = {}
-        of_embedding = self.embedding.new_zeros(len(agents), self.embedding.shape[1])
+        embedded = self.embedding[agents]
+        of_embedding = torch.zeros_like(embedded)
         for name in self.shapes:
             path = name.replace(".", "/")
             part = self.parts[path]
@@ -125,7 +126,7 @@ class HyperNetwork(Generator):
                     passed.append((place, module, read))
                 read = module(read) if module is not part["head"] else read
             for place, module, inputs in reversed(passed):
-                own = inputs[agents]
+                own = embedded if inputs is self.embedding else inputs[agents]
                 found[f"parts.{path}.{place}.weight"] = Outer(
                     own[None, :, None], gradient[None, :, None]
                 )
