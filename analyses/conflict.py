@@ -137,7 +137,7 @@ def explain(run: Run, agent: int, other: int, *, network: str = "actor", layer: 
         if math.isnan(low):
             return f"plug-in {of('cosine', space):+.2f}, no interval"
         if math.isnan(value):
-            return "not known: too much noise"
+            return "not known, as the gradients are lost in noise"
         return _interval(value, low, high)
 
     want = {

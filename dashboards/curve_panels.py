@@ -237,7 +237,7 @@ def _frames(
                     "y": y,
                     "customdata": whole(group["update"]),
                 })
-        reason = "" if drawn else "undefined here: this network has no such layer, or no two agents"
+        reason = "" if drawn else "undefined here: no such layer, no two agents, or no verdicts"
         layout = message(reason) | ({"yaxis": {"tickvals": _decades(patches)}} if log else {})
         frames[f"{network}|{layer}"] = Frame(patches, layout)
     return frames

@@ -106,6 +106,7 @@ class Estimates:
         clusters: In how many clusters agent i, or agent k, has samples, [agent, agent].
     """
 
+    @np.errstate(invalid="ignore")  # gradients that are not finite
     def __init__(self, products: ClusterProducts) -> None:
         def with_whole(by_layer: Array) -> Array:
             return np.concatenate([by_layer.sum(0, keepdims=True), by_layer])
@@ -152,11 +153,8 @@ class Estimates:
         Fieller's interval (1954). NaN, with the interval from -1 to 1, unless both D_ii and D_kk
         are two standard errors above 0; without any interval if there are too few clusters.
         """
-        own = np.diagonal(self.inner_product, axis1=-2, axis2=-1)
-        error = np.diagonal(self.inner_product_error, axis1=-2, axis2=-1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            root = np.sqrt(np.where(own > 0, own, np.nan))
-            known = np.where(np.isnan(error), own > 0, own > 2 * error)
+            root = np.sqrt(np.where(self.signal > 0, self.signal, np.nan))
             scale = root[..., :, None] * root[..., None, :]
             to_own = root[..., None, :] / root[..., :, None] / 2
             to_other = 1 / (4 * to_own)
@@ -172,9 +170,12 @@ class Estimates:
                 np.maximum(b**2 - a * (self.inner_product**2 - v.pair * stretch), 0.0)
             )
             low, high = (b - root_of) / a, (b + root_of) / a
-        resolved = known[..., :, None] & known[..., None, :] & ~(a <= 0)
-        has_interval = self.clusters >= FEWEST
+        has_interval = (self.clusters >= FEWEST) & np.isfinite(self.inner_product)
         unbounded = np.where(has_interval, 1.0, np.nan)
+        same = np.eye(len(self.clusters), dtype=bool)
+        cosine = np.where(same, 1.0, cosine)
+        low, high = (np.where(same, unbounded, end) for end in (low, high))
+        resolved = self.known[..., :, None] & self.known[..., None, :] & (same | ~(a <= 0))
         value = np.where(resolved, cosine, np.nan)
         low = np.where(resolved, np.clip(low, -1.0, 1.0), -unbounded)
         high = np.where(resolved, np.clip(high, -1.0, 1.0), unbounded)
@@ -233,6 +234,15 @@ class Estimates:
         """D_ii, the squared length of each agent's true gradient, [layer, agent]."""
         return np.diagonal(self.inner_product, axis1=-2, axis2=-1)
 
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Whether D_ii is two standard errors (or, without any, at all) above 0, [layer, agent]."""
+        error = np.diagonal(self.inner_product_error, axis1=-2, axis2=-1)
+        found: NDArray[np.bool_] = np.where(
+            np.isnan(error), self.signal > 0, self.signal > 2 * error
+        )
+        return found
+
     def clusters_to_resolve(self, cosine: float, power: float = 0.8) -> Array:
         """How many clusters would tell a cosine from 0, [layer, agent, agent].
 
@@ -242,13 +252,13 @@ class Estimates:
 
         Returns:
             The number for which the cosine is as many standard errors away from 0 as that needs;
-            NaN where a gradient's length is not above 0.
+            NaN unless both lengths are known as for a cosine.
         """
         n = self.clusters
         kernel = self._kernel.pair
         projection = np.maximum(_ratio(self._jackknife.pair * n * (n - 2) / 4 - kernel, n - 4), 0.0)
         needed = special.ndtri((1 + LEVEL) / 2) + special.ndtri(power)
-        own = np.where(self.signal > 0, self.signal, np.nan)
+        own = np.where(self.known, self.signal, np.nan)
         target = cosine**2 * own[..., :, None] * own[..., None, :] / needed**2
         return (2 * projection + np.sqrt(4 * projection**2 + 2 * kernel * target)) / target
 
@@ -288,7 +298,8 @@ class Estimates:
         """
         n = self.clusters.astype(np.float64)
         plain = self._jackknife.variance(pair, own, other)
-        kernel = self._kernel.variance(pair, own, other)
+        # A cosine that is exactly 1 or -1 has none, and rounding may leave it below 0.
+        kernel = np.maximum(self._kernel.variance(pair, own, other), 0.0)
         with np.errstate(invalid="ignore", divide="ignore"):
             corrected = ((n - 2) ** 2 * plain - 2 * kernel) / ((n - 1) * (n - 4))
             ratio = np.where(plain > 0, corrected / plain, 1.0)

@@ -102,7 +102,7 @@ def test_a_layer_that_no_run_has_is_said_to_be_undefined(write_run, tmp_path):
     )
     figure = shown(panels[1], network="actor", layer="all", update=0)
     assert annotations(figure) == [
-        "undefined here: this network has no such layer, or no two agents"
+        "undefined here: no such layer, no two agents, or no verdicts"
     ]
 
 
