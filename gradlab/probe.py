@@ -60,6 +60,17 @@ class Probe:
         self.findings: list[str] = []
         self._copies = {name: PreciseCopy(network.generator) for name, network in networks.items()}
 
+    def precise(self, network: str) -> nn.Module:
+        """Copy a network's generator, as it stands, in float64.
+
+        Args:
+            network: The network's name.
+
+        Returns:
+            The copy, which the next call brings up to date.
+        """
+        return self._copies[network].refreshed()
+
     def diagnose(
         self,
         batches: Mapping[str, Mapping[str, Tensor]],
@@ -82,7 +93,7 @@ class Probe:
         found: dict[str, dict[str, Quantity]] = {}
         embeddings: dict[str, Quantity] = {}
         for name, network in self.networks.items():
-            precise = self._copies[name].refreshed()
+            precise = self.precise(name)
             if self.level == "light":
                 parts = decompose(
                     precise, network.surrogate, in_precision(batches[name], torch.float64)

@@ -136,7 +136,7 @@ class Run:
     @cached_property
     def metrics(self) -> xr.Dataset:
         """All quantities but the embeddings, on one `update` axis (NaN where not recorded)."""
-        names = [name for name in self._quantities if not name.startswith(_EMBEDDING)]
+        names = [name for name in self._quantities if not self._is_embedding(name)]
         return xr.merge(
             [self.quantity(name) for name in names], join="outer", compat="no_conflicts"
         )
@@ -147,8 +147,12 @@ class Run:
         return {
             name.removeprefix(_EMBEDDING): self.quantity(name)
             for name in self._quantities
-            if name.startswith(_EMBEDDING)
+            if self._is_embedding(name)
         }
+
+    def _is_embedding(self, name: str) -> bool:
+        """Tell rows of features from what was measured of them, as `embedding_distance`."""
+        return name.startswith(_EMBEDDING) and "feature" in self._quantities[name].dims
 
     def _read_info(self) -> dict[str, Any]:
         try:

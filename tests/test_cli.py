@@ -154,6 +154,23 @@ def test_conflict_prints_the_recorded_quantity(run):
     np.testing.assert_allclose(table["cosine"], recorded.values.ravel(), rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("quantity", "axes"),
+    [
+        ("transference", ["agent", "agent_other"]),
+        ("snd", []),
+        ("mantel", ["compared_with", "correlation"]),
+    ],
+)
+def test_conflict_prints_what_interference_comes_to(run, capsys, quantity, axes):
+    assert main(["conflict", str(run), "--quantity", quantity, "--format", "csv"]) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    recorded = open_run(run).quantity(quantity).isel(update=-1)
+    recorded = recorded.sel(network="actor") if "network" in recorded.dims else recorded
+    assert list(table.columns) == ["run", "update", *axes, quantity]
+    np.testing.assert_allclose(table[quantity], recorded.values.ravel(), rtol=1e-9)
+
+
 def test_damaged_run_shows_what_is_whole(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "r")
     file = tmp_path / "r" / "records.sqlite"

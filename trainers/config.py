@@ -90,6 +90,17 @@ class TrainConfig(_Section):
         "over the rollout (default: 512 for full, 128 for light)",
     )
     every: PositiveInt = Field(10, description="diagnose every this many updates")
+    effects_every: PositiveInt | None = Field(
+        None,
+        description="with full diagnostics, record every this many updates, beside a diagnosis, "
+        "what interference comes to: transference, behavioural diversity, and how embeddings are "
+        "arranged (default: ten times --every)",
+    )
+    effects_preconditioned: bool = Field(
+        False,
+        description="transference of the steps that Adam would take of the gradients, from its "
+        "first step on, instead of steps along them",
+    )
     ppo: PPOConfig = Field(default_factory=PPOConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
     hypernetwork: HypernetworkConfig = Field(default_factory=HypernetworkConfig)
@@ -98,3 +109,8 @@ class TrainConfig(_Section):
     def updates(self) -> int:
         """Number of updates: rollouts needed for the frames, rounded up."""
         return -(-self.frames // (self.copies * self.steps))
+
+    @property
+    def effects_period(self) -> int:
+        """Number of updates from one record of transference, behaviour and geometry to the next."""
+        return self.effects_every or 10 * self.every

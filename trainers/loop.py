@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradlab.probe import Level, Network, Probe
+from gradlab.probe import Network
 from gradlab.quantity import Quantity
 from gradlab.run_writer import RunWriter
 from trainers.checkpoints import Checkpoint, Saver
 from trainers.config import TrainConfig
+from trainers.diagnosis import Diagnosis
 from trainers.envs import make_env
 from trainers.envs.vector_env import EnvSpec
 from trainers.generators import METHODS
@@ -25,14 +26,6 @@ from trainers.rollout import Collector, Rollout
 
 Progress = Callable[[int, float], None]
 """Called after each update with frames done and the last mean episode return."""
-
-_READ = {
-    "actor": ("observation", "action", "log_prob", "advantage"),
-    "critic": ("observation", "value", "target"),
-}
-
-DIAGNOSED_SAMPLES: dict[Level, int] = {"off": 1, "light": 128, "full": 512}
-"""Samples of each agent that a diagnosis looks at by default."""
 
 
 class Trainer:
@@ -82,10 +75,11 @@ class Trainer:
         self._engines_written = False
         self.policy_loss = policy_loss(self.policy, config.ppo)
         self.value_loss = value_loss(self.value, config.ppo)
-        networks = {"actor": Network(generator=self.actor, surrogate=self.policy_loss)}
-        if config.diagnostics == "full":
-            networks["critic"] = Network(generator=self.critic, surrogate=self.value_loss)
-        self.probe = Probe(networks, config.diagnostics)
+        networks = {
+            "actor": Network(generator=self.actor, surrogate=self.policy_loss),
+            "critic": Network(generator=self.critic, surrogate=self.value_loss),
+        }
+        self.diagnosis = Diagnosis(config, networks, self.policy, self.optimiser)
 
     @property
     def frames_done(self) -> int:
@@ -114,17 +108,15 @@ class Trainer:
         for update in range(self.updates_done, config.updates):
             began = time.perf_counter()
             rollout = self._collect()
-            quantities: dict[str, Quantity] = {}
-            if config.diagnostics != "off" and update % config.every == 0:
-                quantities = self._diagnose(rollout)
-                for finding in self.probe.findings:
-                    place = finding.partition(":")[0]
-                    if place not in self._told:
-                        self._told.add(place)
-                        tell(f"update {update}: {finding}")
-                if not self._engines_written:
-                    writer.describe(engines=self.probe.engines)
-                    self._engines_written = True
+            quantities = self.diagnosis.of(update, rollout)
+            for finding in self.diagnosis.findings:
+                place = finding.partition(":")[0]
+                if place not in self._told:
+                    self._told.add(place)
+                    tell(f"update {update}: {finding}")
+            if quantities and not self._engines_written:
+                writer.describe(engines=self.diagnosis.probe.engines)
+                self._engines_written = True
             losses = self._update(rollout.samples)
             self.updates_done = update + 1
             if rollout.episode_returns:
@@ -217,21 +209,6 @@ class Trainer:
                 self.random,
             )
 
-    def _diagnose(self, rollout: Rollout) -> dict[str, Quantity]:
-        config = self.config
-        most = config.diagnosed_samples or DIAGNOSED_SAMPLES[config.diagnostics]
-        steps = spread(config.steps, max(1, most // config.copies))
-        samples = rollout.samples | {"advantage": normalise(rollout.samples["advantage"])}
-        batches = {
-            network: {
-                name: samples[name].unflatten(1, (config.steps, -1))[:, steps].flatten(1, 2)
-                for name in names
-            }
-            for network, names in _READ.items()
-            if network in self.probe.networks
-        }
-        return self.probe.diagnose(batches, torch.arange(config.copies).repeat(len(steps)))
-
     def _update(self, samples: dict[str, Tensor]) -> dict[str, float]:
         ppo = self.config.ppo
         count = samples["advantage"].shape[1]
@@ -288,20 +265,6 @@ def fixed_parameters(generator: Generator) -> Callable[[Tensor], Theta]:
         return generator.policy_for
     theta = generator.all_agents()
     return lambda _: theta
-
-
-def spread(total: int, most: int) -> Tensor:
-    """Choose time steps as evenly as can be.
-
-    Args:
-        total: Number of steps.
-        most: How many to choose at most.
-
-    Returns:
-        Numbers of the chosen steps, ascending.
-    """
-    chosen = min(total, most)
-    return torch.arange(chosen) * total // chosen
 
 
 def _mean(values: list[float] | list[int]) -> float:

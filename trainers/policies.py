@@ -51,6 +51,20 @@ class Policy(ABC):
             Both, of shape [*batch], in nats.
         """
 
+    @abstractmethod
+    def distribution(self, theta: Theta, observation: Tensor) -> dict[str, Tensor]:
+        """Parameters of the action distributions.
+
+        Args:
+            theta: Policy parameters with an agent axis.
+            observation: Observations [agent, sample, obs].
+
+        Returns:
+            Tensors [agent, sample, ...] by name, as `gradlab.diversity` takes them: `logits` of
+            numbered actions; or `mean` and `std` of what the environment is given before it is
+            clipped to the action range, in the environment's units.
+        """
+
     def to_env(self, action: Tensor) -> Tensor:
         """Turn an action into one that the environment takes.
 
@@ -85,6 +99,10 @@ class Categorical(Policy):
         entropy = -(log_p.exp() * log_p).sum(-1)
         return log_p.gather(-1, action[..., None]).squeeze(-1), entropy
 
+    def distribution(self, theta: Theta, observation: Tensor) -> dict[str, Tensor]:
+        """Logits of the actions; see `Policy.distribution`."""
+        return {"logits": self.network.forward(theta, observation)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian(Policy):
@@ -115,11 +133,23 @@ class Gaussian(Policy):
         entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
         return _log_density(noise, log_std), entropy
 
+    def distribution(self, theta: Theta, observation: Tensor) -> dict[str, Tensor]:
+        """Mean and standard deviation of the action; see `Policy.distribution`."""
+        mean = self.network.forward(theta, observation)
+        std = per_agent(theta["log_std"], mean).exp().expand_as(mean)
+        return {"mean": self._middle + self._half * mean, "std": self._half * std}
+
     def to_env(self, action: Tensor) -> Tensor:
         """Scale to the action range and clip to it; see `Policy.to_env`."""
-        middle = (self.box.high + self.box.low) / 2
-        half = (self.box.high - self.box.low) / 2
-        return torch.clamp(middle + half * action, self.box.low, self.box.high)
+        return torch.clamp(self._middle + self._half * action, self.box.low, self.box.high)
+
+    @property
+    def _middle(self) -> Tensor:
+        return (self.box.high + self.box.low) / 2
+
+    @property
+    def _half(self) -> Tensor:
+        return (self.box.high - self.box.low) / 2
 
 
 def _log_density(noise: Tensor, log_std: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quantity",
         default=show.SUMMARY,
         metavar="NAME",
-        help="a recorded quantity instead of the summary, e.g. cosine",
+        help="a recorded quantity instead of the summary, e.g. cosine, transference or snd",
     )
     add.add_argument("--network", default="actor", help="actor (default) or critic")
     add.add_argument("--layer", default="all", help="a layer's name, or all (default)")

@@ -24,7 +24,7 @@ CASES = {
     "hypermarl": {"method": "hypermarl", "env": "specialisation", "agents": 3},
     "vmas": {"method": "nops", "env": "vmas/navigation", "agents": 2},
 }
-SMALL = {"copies": 8, "steps": 8, "frames": 8 * 8 * 6, "every": 2}
+SMALL = {"copies": 8, "steps": 8, "frames": 8 * 8 * 6, "every": 2, "effects_every": 2}
 
 
 def train(folder, settings, *, stop_after=math.inf):

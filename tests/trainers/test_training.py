@@ -1,16 +1,21 @@
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import jensenshannon
 
+from analyses.conflict import quantity_table
+from analyses.curves import series
 from gradlab.checks import UsageError
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter
 from trainers.config import TrainConfig
 from trainers.envs import make_env
 from trainers.envs.matrix_games import chance_return, specialisation_reward, synchronisation_reward
+from trainers.envs.vector_env import Box, Discrete
 from trainers.gae import advantages
 from trainers.generators import METHODS
 from trainers.loop import Trainer, describe
+from trainers.policies import make_policy
 
 
 def train(folder, **settings):
@@ -25,7 +30,8 @@ def train(folder, **settings):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_diagnosed_run_ends_with_the_weights_of_a_plain_one(tmp_path, method):
-    diagnosed, run = train(tmp_path / "a", method=method)
+    often = {"effects_every": 2, "effects_preconditioned": True}
+    diagnosed, run = train(tmp_path / "a", method=method, **often)
     plain, _ = train(tmp_path / "b", method=method, diagnostics="off")
     for one, other in zip(diagnosed.actor.parameters(), plain.actor.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -34,7 +40,128 @@ def test_diagnosed_run_ends_with_the_weights_of_a_plain_one(tmp_path, method):
     assert run.quantity("residual").max() < 1e-4
     assert run.quantity("residual").sizes == {"update": 2, "network": 2}
     assert set(run.embeddings) == {"actor", "critic"}
+    assert run.quantity("snd")["update"].values.tolist() == [0, 2]
+    # before Adam's first step there is nothing to precondition with
+    assert run.quantity("transference")["update"].values.tolist() == [2]
     assert run.state == "done"
+
+
+@pytest.mark.parametrize(
+    ("settings", "diagnosed", "effects"),
+    [
+        ({"effects_every": 3}, [0, 2, 3], [0, 3]),
+        ({"every": 1, "frames": 256 * 11}, [*range(11)], [0, 10]),
+        ({"effects_every": 1, "diagnostics": "light"}, [0, 2], []),
+        ({"effects_every": 1, "diagnostics": "off"}, [], []),
+    ],
+    ids=["own", "default", "light", "off"],
+)
+def test_effects_are_recorded_on_their_own_schedule(tmp_path, settings, diagnosed, effects):
+    _, run = train(tmp_path / "r", **settings)
+    for names, updates in ((("cosine",), diagnosed), (("transference", "snd", "mantel"), effects)):
+        for name in names:
+            recorded = run.quantity(name)["update"].values.tolist() if updates else []
+            assert recorded == updates
+            assert (name in run.quantities) == bool(updates)
+
+
+def test_quantities_of_both_schedules_are_read_together(tmp_path):
+    _, run = train(tmp_path / "r", effects_every=4)
+    pairs = {"network": 2, "agent": 3, "agent_other": 3}
+    assert run.quantity("embedding_distance").sizes == {"update": 1} | pairs
+    assert run.metrics.embedding_distance.sizes == {"update": 4} | pairs
+    assert run.metrics.snd.notnull().values.tolist() == [True, False, False, False]
+    assert series(run, "mantel").columns.tolist() == [
+        *("update", "frames", "network", "compared_with", "correlation", "value")
+    ]
+    where = {"network": "actor", "layer": "all", "space": "psi"}
+    assert (
+        quantity_table([run], "snd", where)["snd"].tolist() == run.quantity("snd").values.tolist()
+    )
+
+
+def behaviour_by_hand(trainer, observations):
+    """Mean distance of all agents' action distributions, one observation at a time."""
+    agents = trainer.spec.agents
+    total = np.zeros((agents, agents))
+    theta = trainer.actor.double().all_agents()
+    for observation in observations.double():
+        policies = []
+        for agent in range(agents):
+            own = {name: t[agent if len(t) > 1 else 0] for name, t in theta.items()}
+            output = trainer.policy.network.forward(own, observation).detach()
+            if isinstance(trainer.spec.action_space, Discrete):
+                policies.append(output.softmax(-1))
+            else:
+                box = trainer.spec.action_space
+                half = (box.high - box.low) / 2
+                std = half * own["log_std"].detach().exp()
+                policies.append(torch.cat([(box.high + box.low) / 2 + half * output, std]))
+        for i, k in np.ndindex(agents, agents):
+            if isinstance(trainer.spec.action_space, Discrete):
+                total[i, k] += jensenshannon(policies[i], policies[k], base=2)
+            else:
+                total[i, k] += torch.dist(policies[i], policies[k])
+    return total / len(observations)
+
+
+@pytest.mark.parametrize("method", ["hypermarl", "fups", "fups-id"])
+@pytest.mark.parametrize("env", ["specialisation-temporal", "vmas/navigation"])
+def test_behaviour_is_compared_on_the_observations_of_all_agents(tmp_path, env, method):
+    settings = {"method": method, "env": env, "copies": 8, "steps": 4, "frames": 32}
+    _, run = train(tmp_path / "r", **settings)
+    before = Trainer(TrainConfig.model_validate(settings | {"agents": 3}))
+    rollout = before._collect()  # as many observations as are drawn at most, or fewer
+    expected = behaviour_by_hand(before, rollout.samples["observation"].flatten(0, 1))
+    distance = run.quantity("behavioural_distance")[0]
+    np.testing.assert_allclose(distance, expected, rtol=1e-6, atol=1e-9)
+    snd = run.quantity("snd")[0]
+    assert float(snd) == pytest.approx(expected[np.triu_indices(3, k=1)].mean(), abs=1e-9)
+    assert (snd < 1e-9) == (method == "fups")
+    assert run.quantity("snd_low")[0] <= snd <= run.quantity("snd_high")[0]
+
+
+@pytest.mark.parametrize("space", ["discrete", "continuous"])
+def test_distribution_is_that_of_the_actions(space):
+    random = torch.Generator().manual_seed(0)
+    box = Box(low=torch.tensor([-3.0, 0.0]), high=torch.tensor([1.0, 0.5]))
+    policy = make_policy(
+        5, Discrete(n=4) if space == "discrete" else box, hidden=(6,), activation="tanh"
+    )
+    theta = {
+        name: torch.randn(2, *shape, generator=random)
+        for layer, (outputs, inputs) in policy.network.layers.items()
+        for name, shape in ((f"{layer}.weight", (outputs, inputs)), (f"{layer}.bias", (outputs,)))
+    }
+    theta |= {"log_std": torch.randn(2, 2, generator=random)} if space == "continuous" else {}
+    observation = torch.randn(2, 7, 5, generator=random)
+    action, log_prob = policy.sample(theta, observation, random)
+    found = policy.distribution(theta, observation)
+    if space == "discrete":
+        expected = torch.distributions.Categorical(logits=found["logits"]).log_prob(action)
+    else:
+        assert found["std"].shape == found["mean"].shape == action.shape
+        half = torch.tensor([2.0, 0.25])
+        taken = torch.tensor([-1.0, 0.25]) + half * action  # not clipped
+        normal = torch.distributions.Normal(found["mean"], found["std"])
+        expected = (normal.log_prob(taken) + half.log()).sum(-1)
+    torch.testing.assert_close(log_prob, expected)
+
+
+def test_diverged_network_is_named_and_the_other_one_measured(tmp_path):
+    told = []
+    small = {"env": "vmas/navigation", "copies": 8, "steps": 4, "frames": 32, "agents": 2}
+    trainer = Trainer(TrainConfig.model_validate(small))
+    with torch.no_grad():
+        next(iter(trainer.critic.parameters())).fill_(torch.nan)
+    with RunWriter(tmp_path / "r") as writer:
+        assert trainer.run(writer, lambda *_: None, tell=told.append)
+    run = open_run(tmp_path / "r")
+    assert sum("critic, transference: not measured" in sentence for sentence in told) == 1
+    assert run.quantity("transference").isnull().all()  # advantages come from the critic
+    assert run.quantity("snd").notnull().all()
+    effective_rank = run.quantity("effective_rank")[0]
+    assert effective_rank.notnull().values.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("method", ["hypermarl", "fups-id", "nops"])
