@@ -4,6 +4,7 @@ A cluster is a group of environment copies. Samples of one copy depend on each o
 agents that act in it; different copies are independent, and so are clusters of them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from gradlab.checks import check
 from gradlab.engine.clusters import Products
-from gradlab.engine.moments import Moments
+from gradlab.parameters import ParameterLayout
 
 Array = NDArray[np.float64]
 
@@ -45,43 +46,33 @@ class ClusterProducts:
 
     @classmethod
     def of(
-        cls, products: Products, layers: tuple[str, ...], count: Int[Tensor, "agent cluster"]
+        cls,
+        products: Mapping[str, Products],
+        layout: ParameterLayout,
+        count: Int[Tensor, "agent cluster"] | None,
     ) -> "ClusterProducts":
         """Take products over from the engine.
 
         Args:
-            products: The products, with a leading axis of layers.
-            layers: The layers' names.
-            count: Number of samples of each agent in each cluster.
+            products: The products by parameter.
+            layout: The parameters, in the same order.
+            count: Number of samples of each agent in each cluster, which there must be.
 
         Returns:
             The products as arrays.
         """
-        within, across, following = (tensor.double().cpu().numpy() for tensor in products)
+        assert count is not None
+        by_layer = Products.by_layer(
+            ((layout.layer_of[name], p) for name, p in products.items()), layout.layers
+        )
+        within, across, following = (tensor.double().cpu().numpy() for tensor in by_layer)
         return cls(
-            layers=layers,
+            layers=layout.layers,
             count=count.cpu().numpy(),
             within=within,
             across=across,
             following=following,
         )
-
-    @classmethod
-    def of_moments(cls, moments: Moments) -> "ClusterProducts":
-        """Products of gradients in theta-space.
-
-        Args:
-            moments: Moments that tell clusters apart.
-
-        Returns:
-            The products.
-
-        Raises:
-            UsageError: If they do not.
-        """
-        products = moments.copy_products()
-        assert moments.copy_count is not None
-        return cls.of(products, moments.layout.layers, moments.copy_count)
 
 
 def pooled(copy: Int[Tensor, " sample"], most: int = CLUSTERS) -> Int[Tensor, " sample"]:

@@ -2,20 +2,19 @@ r"""What agents make of gradients in theta-space: their contributions :math:`g_i
 
 import math
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from gradlab.checks import UsageError
-from gradlab.cluster_products import ClusterProducts
 from gradlab.engine.accumulate import DEFAULT_BUDGET
 from gradlab.engine.clusters import FactoredSums, Products
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part
-from gradlab.engine.per_sample import Known, PerSample, Rows
+from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows
 from gradlab.engine.plan import planned_gradients
 from gradlab.engine.surrogate import Theta
 from gradlab.factorisation import reads_observation
@@ -132,28 +131,29 @@ def agent_numbers(generator: nn.Module, agents: int) -> Int[Tensor, " agent"]:
 def psi_products(
     generator: nn.Module,
     moments: Moments,
+    of_theta: Mapping[str, Products],
     means: Mapping[str, PerSample],
-    layout: ParameterLayout,
     budget: int = DEFAULT_BUDGET,
-) -> ClusterProducts:
+) -> dict[str, Products]:
     r"""Inner products between what the agents make of their sums over clusters.
 
-    By products of the factors that a hypernetwork's linear layers leave of :math:`J_i^\top s_i^e`;
-    no vector in psi-space is formed for these. Where the generator reads its parameters otherwise,
-    as many vectors are formed at once as fit the budget.
+    Where a linear layer reads a trained parameter, :math:`J_i^\top s_i^e` is an outer product of
+    what agent i's layer reads, the same in all clusters, and of a vector at its output; of a head
+    that vector is :math:`s_i^e` itself, whose products are known. No vector in psi-space is formed
+    for these. Where the generator reads its parameters otherwise, as many vectors are formed at
+    once as fit the budget.
 
     Args:
         generator: As for `gradlab.decompose`.
         moments: Moments in theta-space that tell clusters apart.
+        of_theta: Their products by policy parameter.
         means: What `contributions` makes of the agents' means, in any precision.
-        layout: The trained parameters.
         budget: Bytes that what is kept for one stretch of clusters may take.
 
     Returns:
-        The products by layer of the trained parameters.
+        The products by trained parameter.
     """
     sums, agents = moments.by_copy(), len(moments.count)
-    assert moments.copy_count is not None
     dtype = next(p.dtype for p in generator.parameters() if p.requires_grad)
     whole = {name: part.to(dtype) for name, part in means.items()}
     kept = sum(part.nbytes for part in means.values())
@@ -169,44 +169,107 @@ def psi_products(
         z = {}
         for name, of_cluster in sums.items():
             room = of_cluster.like.new_empty(agents, number, *of_cluster.shape)
-            z[name] = of_cluster.form(clusters, room).transpose(0, 1).flatten(0, 1)
+            z[name] = of_cluster.form(clusters, room).transpose(0, 1).flatten(0, 1).to(dtype)
         pulled = contributions(generator, z, agents)
-        known: Known = {}
+        vectors = _Vectors(moments.count, z, of_theta, clusters)
         for name, rows in pulled.items():
-            found[name].append(_products(rows, whole[name], last.get(name), number, known))
+            found[name].append(vectors.products(rows, whole[name], last.get(name)))
         last = {
             name: rows.some(slice((number - 1) * agents, number * agents))
             for name, rows in pulled.items()
         }
-    joined = Products.by_layer(
-        (
-            (layout.layer_of[name], Products(*map(torch.cat, zip(*parts, strict=True))))
-            for name, parts in found.items()
-        ),
-        layout.layers,
-    )
-    joined = joined._replace(across=joined.across * moments.count)  # from means to sums
-    return ClusterProducts.of(joined, layout.layers, moments.copy_count)
+    return {
+        name: Products(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()
+    }
 
 
-def _products(
-    rows: PerSample, mean: PerSample, last: PerSample | None, clusters: int, known: Known
-) -> Products:
-    """Products of the rows [cluster * agent] of a stretch of clusters, also with the row before.
+_Place: TypeAlias = tuple[int, torch.Size, tuple[int, ...]]
 
-    Those across are with the agents' means.
+
+def _place(vectors: Tensor) -> _Place:
+    return vectors.data_ptr(), vectors.shape, vectors.stride()
+
+
+class _Vectors:
+    """Products of one stretch of clusters; those of vectors that parameters share, once."""
+
+    def __init__(
+        self,
+        count: Int[Tensor, " agent"],
+        z: Theta,
+        of_theta: Mapping[str, Products],
+        clusters: slice,
+    ) -> None:
+        self._count = count
+        self._clusters = clusters.stop - clusters.start
+        first = clusters.start
+        self._known: dict[_Place, tuple[Tensor, Products]] = {}
+        for name, rows in z.items():
+            flat = rows.flatten(1)[None]
+            within, across, following = of_theta[name]
+            products = Products(
+                within[clusters],
+                across[clusters],
+                following[max(0, first - 1) : clusters.stop - 1],
+            )
+            self._known[_place(flat)] = flat, products
+
+    def products(self, rows: PerSample, mean: PerSample, last: PerSample | None) -> Products:
+        """Products of rows [cluster * agent], with the sums over all clusters, and the row before.
+
+        Args:
+            rows: What the agents make of their sums over clusters.
+            mean: What they make of their means.
+            last: What they make of the cluster before.
+
+        Returns:
+            The products in float64.
+        """
+        factors = [_scaled(part) for part in (rows, mean, last) if part is not None]
+        if any(factor is None for factor in factors):
+            return self._of(rows, mean, last)
+        (vectors, _), (mean_vectors, scale), *before = (f for f in factors if f is not None)
+        place = _place(vectors.values)
+        if place not in self._known:
+            earlier = before[0][0] if before else None
+            # with the vectors, so that no others come to lie in their place
+            self._known[place] = vectors.values, self._of(vectors, mean_vectors, earlier)
+        known = self._known[place][1]
+        return known if scale is None else Products(*(products * scale for products in known))
+
+    def _of(self, rows: PerSample, mean: PerSample, last: PerSample | None) -> Products:
+        by_cluster = rows.regrouped(self._clusters)
+        agents, following = mean.samples, []
+        if last is not None:
+            following.append(last.inner(rows.some(slice(0, agents))))
+        if self._clusters > 1:
+            earlier, later = (
+                rows.some(slice(start, start + (self._clusters - 1) * agents))
+                for start in (0, agents)
+            )
+            following.append(
+                earlier.regrouped(self._clusters - 1).inner(later.regrouped(self._clusters - 1))
+            )
+        within = by_cluster.inner(by_cluster)
+        return Products(
+            within=within.double(),
+            across=by_cluster.inner(mean).double() * self._count,  # from means to sums
+            following=torch.cat(following or [within[:0]]).double(),
+        )
+
+
+def _scaled(part: PerSample) -> tuple[Rows, Float[Tensor, "row row"] | None] | None:
+    """Vectors, and by what their products are multiplied, that depends on the agents alone.
+
+    None if a gradient has no such form.
     """
-    by_cluster = rows.regrouped(clusters)
-    agents, following = mean.samples, []
-    if last is not None:
-        following.append(last.inner(rows.some(slice(0, agents)), known))
-    if clusters > 1:
-        earlier = rows.some(slice(0, (clusters - 1) * agents)).regrouped(clusters - 1)
-        later = rows.some(slice(agents, clusters * agents)).regrouped(clusters - 1)
-        following.append(earlier.inner(later, known))
-    within = by_cluster.inner(by_cluster, known)
-    return Products(
-        within=within.double(),
-        across=by_cluster.inner(mean, known).double(),
-        following=torch.cat(following or [within[:0]]).double(),
-    )
+    if isinstance(part, Rows):
+        return Rows(part.values.flatten(2)), None
+    if isinstance(part, Outer) and part.inputs.shape[2] == 1:
+        read = part.inputs[0, :, 0].double()
+        return Rows(part.output_gradients[:, :, 0]), read @ read.mT
+    if isinstance(part, Lookup) and part.index.shape[2] == 1:
+        index = part.index[0, :, 0]
+        same = (index[:, None] == index).double()
+        return Rows(part.output_gradients[:, :, 0].flatten(2)), same
+    return None

@@ -192,9 +192,11 @@ def decompose(
     products = sides[0].products
     if copy is not None and not products:
         moments, pulled = sides[0].moments, sides[0].pulled or {}
+        of_theta = moments.parameter_products()
+        of_psi = psi_products(generator, moments, of_theta, pulled, budget)
         products = {
-            "theta": ClusterProducts.of_moments(moments),
-            "psi": psi_products(generator, moments, pulled, layout, budget),
+            "theta": ClusterProducts.of(of_theta, moments.layout, moments.copy_count),
+            "psi": ClusterProducts.of(of_psi, layout, moments.copy_count),
         }
     return Decomposition(
         moments=sides[0].moments,

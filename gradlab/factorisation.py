@@ -17,7 +17,6 @@ from torch.func import functional_call
 from gradlab.checks import check
 from gradlab.cluster_products import ClusterProducts
 from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
-from gradlab.engine.clusters import Products
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, batch_axes
 from gradlab.engine.plan import plan_for
@@ -156,7 +155,9 @@ def factorise(
     products = {}
     if copy is not None:
         products = {
-            "theta": ClusterProducts.of_moments(moments),
+            "theta": ClusterProducts.of(
+                moments.parameter_products(), moments.layout, moments.copy_count
+            ),
             "psi": _psi_products(both, psi_layout),
             "jacobian": _psi_products(factored, psi_layout),
         }
@@ -222,13 +223,8 @@ def _of_theta(both: Moments, shapes: Mapping[str, torch.Size]) -> Moments:
 def _psi_products(moments: Moments, layout: ParameterLayout) -> ClusterProducts:
     """Products of what belongs to the trained parameters, which come first."""
     sums, totals = moments.by_copy(), layout.unflatten(moments.sum[:, : layout.size])
-    found = (
-        (layout.layer_of[name], sums[_PSI + name].products(totals[name])) for name in layout.shapes
-    )
-    assert moments.copy_count is not None
-    return ClusterProducts.of(
-        Products.by_layer(found, layout.layers), layout.layers, moments.copy_count
-    )
+    found = {name: sums[_PSI + name].products(totals[name]) for name in layout.shapes}
+    return ClusterProducts.of(found, layout, moments.copy_count)
 
 
 def _ratio(difference: Tensor, whole: Tensor) -> Tensor:

@@ -71,11 +71,21 @@ class Moments:
         Raises:
             UsageError: If the gradients were not summed by copy.
         """
-        totals, layer_of = self.layout.unflatten(self.sum), self.layout.layer_of
-        return Products.by_layer(
-            ((layer_of[name], s.products(totals[name])) for name, s in self.by_copy().items()),
-            self.layout.layers,
-        )
+        layer_of = self.layout.layer_of
+        found = self.parameter_products().items()
+        return Products.by_layer(((layer_of[n], p) for n, p in found), self.layout.layers)
+
+    def parameter_products(self) -> dict[str, Products]:
+        """The same by parameter.
+
+        Returns:
+            Products without an axis of layers.
+
+        Raises:
+            UsageError: As for `copy_products`.
+        """
+        totals = self.layout.unflatten(self.sum)
+        return {name: sums.products(totals[name]) for name, sums in self.by_copy().items()}
 
     def by_copy(self) -> dict[str, ClusterSums]:
         """Sums by environment copy.

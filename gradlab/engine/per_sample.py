@@ -10,15 +10,10 @@ gradients follow from the factors (Goodfellow, "Efficient per-example gradient c
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-
-Known: TypeAlias = dict[tuple[int, torch.Size, int, torch.Size], Tensor]
-"""Matrix products by where their two factors lie."""
 
 
 class PerSample(ABC):
@@ -113,16 +108,12 @@ class PerSample(ABC):
         """
 
     @abstractmethod
-    def inner(
-        self, other: "PerSample", known: Known | None = None
-    ) -> Float[Tensor, "agent sample sample_other"]:
+    def inner(self, other: "PerSample") -> Float[Tensor, "agent sample sample_other"]:
         """Inner products of each agent's gradients with another's of the same agent.
 
         Args:
             other: Gradients of the same parameter, kept in the same form, of equally many agents
                 or of a single one that stands for all.
-            known: Products of factors that several parameters share; used, and added to. The
-                factors must be kept alive with it.
 
         Returns:
             The products.
@@ -239,14 +230,12 @@ class Rows(PerSample):
         """See `PerSample.coordinate_sums`."""
         return self.values.reshape(*self.values.shape[:2], math.prod(self.shape)).sum(2)
 
-    def inner(
-        self, other: PerSample, known: Known | None = None
-    ) -> Float[Tensor, "agent sample sample_other"]:
+    def inner(self, other: PerSample) -> Float[Tensor, "agent sample sample_other"]:
         """See `PerSample.inner`."""
         assert isinstance(other, Rows)
         size = math.prod(self.shape)
         ours, theirs = (t.reshape(*t.shape[:2], size) for t in (self.values, other.values))
-        return _matrix_products(ours, theirs, known)
+        return _matrix_products(ours, theirs)
 
 
 class Outer(PerSample):
@@ -348,16 +337,14 @@ class Outer(PerSample):
         """See `PerSample.coordinate_sums`."""
         return (self.inputs.sum(3) * self.output_gradients.sum(3)).sum(2)
 
-    def inner(
-        self, other: PerSample, known: Known | None = None
-    ) -> Float[Tensor, "agent sample sample_other"]:
+    def inner(self, other: PerSample) -> Float[Tensor, "agent sample sample_other"]:
         """See `PerSample.inner`."""
         assert isinstance(other, Outer)
         a, d, b, e = (
             t.flatten(1, 2)
             for t in (self.inputs, self.output_gradients, other.inputs, other.output_gradients)
         )
-        products = _matrix_products(a, b, known) * _matrix_products(d, e, known)
+        products = _matrix_products(a, b) * _matrix_products(d, e)
         return _sum_uses(products, self.inputs.shape[2], other.inputs.shape[2])
 
 
@@ -453,9 +440,7 @@ class Lookup(PerSample):
         """See `PerSample.coordinate_sums`."""
         return self.output_gradients.flatten(2).sum(2)
 
-    def inner(
-        self, other: PerSample, known: Known | None = None
-    ) -> Float[Tensor, "agent sample sample_other"]:
+    def inner(self, other: PerSample) -> Float[Tensor, "agent sample sample_other"]:
         """See `PerSample.inner`."""
         assert isinstance(other, Lookup)
         size = math.prod(self.shape[1:])
@@ -463,7 +448,7 @@ class Lookup(PerSample):
             (t.index.flatten(1), t.output_gradients.reshape(len(t.index), -1, size))
             for t in (self, other)
         )
-        products = (i[:, :, None] == k[:, None, :]) * _matrix_products(d, e, known)
+        products = (i[:, :, None] == k[:, None, :]) * _matrix_products(d, e)
         return _sum_uses(products, self.index.shape[2], other.index.shape[2])
 
     def _scatter(self, index: Tensor, values: Tensor) -> Tensor:
@@ -483,15 +468,9 @@ def _squared_length(vectors: Float[Tensor, "*batch size"]) -> Float[Tensor, "*ba
 def _matrix_products(
     rows: Float[Tensor, "agent row size"],
     others: Float[Tensor, "agent_other other size"],
-    known: Known | None = None,
 ) -> Float[Tensor, "agent row other"]:
     """Inner products within each agent; a single other agent stands for all."""
-    place = (rows.data_ptr(), rows.shape, others.data_ptr(), others.shape)
-    if known is not None and place in known:
-        return known[place]
     products: Tensor = rows @ (others[0] if len(others) == 1 else others).mT
-    if known is not None:
-        known[place] = products
     return products
 
 
