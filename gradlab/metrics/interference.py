@@ -19,6 +19,7 @@ from gradlab.decomposition import Decomposition
 from gradlab.engine.per_sample import PerSample, Rows
 from gradlab.estimates import ALIGNED, CONFLICT, FEWEST, Estimates
 from gradlab.metrics.spaces import SPACES, SpaceLabels, ratio, with_whole
+from gradlab.metrics.summary import interference_attributes
 from gradlab.parameters import WHOLE
 from gradlab.quantity import Quantity, dataset
 
@@ -61,12 +62,15 @@ def interference(
         the pairs, plug-in; `gradient_diversity` = sum |a|^2 / |sum a|^2 (Yin et al., 2018, eq. 1),
         1 / agents if all are equal, 1 if orthogonal, above 1 if they cancel, and `cancelled_norm` =
         1 - |sum a| / sum |a|, both plug-in, with copies also `gradient_diversity_debiased`; and
-        with `by_cluster` over (space, layer, cluster, agent, agent_other) `cosine_cluster`.
+        with `by_cluster` over (space, layer, cluster, agent, agent_other) `cosine_cluster`. An
+        agent without samples has NaN everywhere, and counts in no rate, mean or diversity. The
+        attribute `summary` says in a sentence how many pairs are in conflict.
 
     Raises:
         UsageError: If `by_cluster` is asked for where clusters are not told apart.
     """
-    return dataset(measure_interference(decomposition, signs=signs, by_cluster=by_cluster))
+    found = measure_interference(decomposition, signs=signs, by_cluster=by_cluster)
+    return dataset(found).assign_attrs(interference_attributes(decomposition, found))
 
 
 def measure_interference(
@@ -93,10 +97,13 @@ def measure_interference(
         | {WHOLE: torch.stack(list(gram.values())).sum(0).cpu().numpy()}
         for space, gram in of_layers.items()
     })
+    present = d.moments.count.cpu().numpy() > 0
+    grams = np.where(np.logical_and.outer(present, present), grams, np.nan)
     norms = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))
     cosines = cosine_from_gram(grams)
     rates, means = summarise_pairs(cosines)
-    squares, whole = np.square(norms).sum(-1), grams.sum((-2, -1)).clip(min=0)
+    squares = np.square(norms[..., present]).sum(-1)
+    whole = np.sqrt(total_product(grams, present))
     plug_in = "plug-in, one batch"
     quantity = label.quantity
     found = {
@@ -108,8 +115,8 @@ def measure_interference(
             rates, "1", "share of agent pairs with a negative plug-in cosine; of noise: one half"
         ),
         "mean_cosine": quantity(means, "1", "mean over agent pairs of the plug-in cosine"),
-        "gradient_diversity": quantity(ratio(squares, whole), "1", plug_in),
-        "cancelled_norm": quantity(1 - ratio(np.sqrt(whole), norms.sum(-1)), "1", plug_in),
+        "gradient_diversity": quantity(ratio(squares, whole**2), "1", plug_in),
+        "cancelled_norm": quantity(1 - ratio(whole, norms[..., present].sum(-1)), "1", plug_in),
     }
     if signs:
         agreement = {
@@ -124,18 +131,19 @@ def measure_interference(
         )
     if by_cluster:
         found["cosine_cluster"] = _by_cluster(label, d.products)
-    return found | _debiased(label, d.products)
+    return found | _debiased(label, d)
 
 
-def _debiased(label: SpaceLabels, products: Mapping[str, ClusterProducts]) -> dict[str, Quantity]:
+def _debiased(label: SpaceLabels, d: Decomposition) -> dict[str, Quantity]:
     """What there is to say where environment copies are told apart."""
     shape = (len(SPACES), len(label.layers))
     how = "share of agent pairs with that verdict"
-    if not products:
+    if not d.products:
         nothing = label.quantity(np.full(shape, np.nan), "1", "needs environment copies")
         return {"conflict_rate": nothing, "aligned_rate": nothing}
-    of = {space: Estimates(products[space]) for space in SPACES}
-    clusters = int(of["theta"].clusters.min())
+    products, of = d.products, {space: d.estimates[space] for space in SPACES}
+    present = products["theta"].count.sum(1) > 0
+    clusters = min(of["theta"].clusters[np.ix_(present, present)].flatten().tolist(), default=0)
     leave_out = f"U-statistic without products within a cluster, {clusters} clusters"
     interval = (
         f"95 % interval, jackknife over {clusters} clusters, Fieller"
@@ -147,8 +155,8 @@ def _debiased(label: SpaceLabels, products: Mapping[str, ClusterProducts]) -> di
         return label.placed({s: with_whole(products[s].layers, of_space(e)) for s, e in of.items()})
 
     def diversity(e: Estimates) -> NDArray[np.float64]:
-        whole = e.inner_product.sum((-2, -1))
-        return ratio(e.signal.sum(-1), np.where(whole > 0, whole, 0.0))
+        whole = total_product(e.inner_product, present)
+        return ratio(e.signal[..., present].sum(-1), whole)
 
     verdicts = placed(lambda e: e.verdict)
     quantity = label.quantity
@@ -193,6 +201,21 @@ def _by_cluster(label: SpaceLabels, products: Mapping[str, ClusterProducts]) -> 
         dims=(space, layer, "cluster", *pair),
         coords={**plain.coords, "cluster": range(cosines.shape[2])},
     )
+
+
+def total_product(products: NDArray[np.float64], present: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Squared length of the sum of the present agents' vectors.
+
+    Args:
+        products: Inner products, shape [..., agent, agent].
+        present: Which agents there are.
+
+    Returns:
+        Their sums, shape [...]; at least 0, which rounding and noise may miss.
+    """
+    with np.errstate(invalid="ignore"):  # infinite products of both signs
+        total: NDArray[np.float64] = products[..., present][..., present, :].sum((-2, -1))
+    return total.clip(min=0)
 
 
 def share_of_pairs(verdicts: NDArray[np.float64], verdict: float) -> NDArray[np.float64]:
@@ -244,8 +267,8 @@ def cosine_from_gram(gram: NDArray[np.float64]) -> NDArray[np.float64]:
         Cosines of the same shape; NaN where a vector has no length.
     """
     squared = np.diagonal(gram, axis1=-2, axis2=-1)
-    scale = np.sqrt(squared[..., :, None]) * np.sqrt(squared[..., None, :])
     with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.sqrt(squared[..., :, None]) * np.sqrt(squared[..., None, :])
         cosines = np.where(scale > 0, gram / scale, np.nan)
     return np.clip(cosines, -1.0, 1.0)
 

@@ -58,6 +58,21 @@ class SpaceLabels:
                 found[SPACES.index(space), self.layers.index(layer)] = values
         return found
 
+    def of_layers(self, layers: Sequence[str], values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Put an array of one space in its place among the layers of both.
+
+        Args:
+            layers: The space's layers.
+            values: Numbers over (layer, ...), those of the whole network first.
+
+        Returns:
+            The numbers, NaN for a layer that the space lacks.
+        """
+        found = np.full((len(self.layers), *values.shape[1:]), np.nan)
+        for layer, row in with_whole(layers, values).items():
+            found[self.layers.index(layer)] = row
+        return found
+
     def quantity(
         self, values: NDArray[np.float64], unit: str, estimator: str, *, spaces: bool = True
     ) -> Quantity:

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from gradlab.checks import check
 from gradlab.decomposition import Decomposition
 from gradlab.engine.moments import Moments
-from gradlab.estimates import Estimates
 from gradlab.metrics.spaces import SPACES, SpaceLabels, ratio, with_whole
-from gradlab.parameters import WHOLE
+from gradlab.metrics.summary import variance_attributes
 from gradlab.quantity import Quantity, dataset
 
 MINIBATCHES = (2, 4, 8, 16)
@@ -47,10 +46,13 @@ def variance(
         cosine: The cosine for `copies_to_resolve`.
 
     Returns:
+        NaN for a layer that a space lacks:
+
         - (layer, agent) `variance_agent`, (layer) `variance_within`, `variance_between`: traces of
           covariance matrices of single samples in theta-space
         - (layer, minibatches, agent) `variance_minibatch`: trace of the covariance that cutting
-          the batch at random into so many equal minibatches adds to a minibatch's gradient, theta
+          the batch at random into so many equal minibatches adds to a minibatch's gradient,
+          theta; NaN where there are more of them than samples
         - () `coordinate_variance`: what the official HyperMARL code calls gradient variance, the
           variance *over the coordinates* of the one gradient of the trained parameters; about
           its squared length over their number
@@ -60,7 +62,8 @@ def variance(
           length, an unbiased estimate that may be below 0; `variance_mean`, trace of the covariance
           of the mean gradient; `normalised_variance`, their ratio, which compares between spaces of
           different size; `noise_scale`, the number of copies at which both are equal, the "simple"
-          noise scale of McCandlish et al. (2018, eq. 2.9) in copies
+          noise scale of McCandlish et al. (2018, eq. 2.9) in copies; both NaN where the length is
+          not two standard errors above 0 (with fewer than 8 clusters: not above 0)
         - with copies, (layer, agent) `design_effect`: by what the samples' dependence multiplies
           the variance of their mean; theta
         - with copies, (space, layer, agent, agent_other) `copies_to_resolve`: how many copies give
@@ -69,10 +72,14 @@ def variance(
           `variance_jacobian`: trace of the covariance of J^T Z from J's noise alone, psi; the rest
           of `variance_mean` in psi is Z's noise. Other generators' J has none.
 
+        An agent without samples has NaN everywhere, and is left out of `variance_within` and
+        `variance_between`. The attribute `summary` says in a sentence how noise and signal compare.
+
     Raises:
-        UsageError: If a number of minibatches is below 1, or the cosine not between 0 and 1.
+        UsageError: If a number of minibatches is below 1, or the cosine 0 or not from -1 to 1.
     """
-    return dataset(measure_variance(decomposition, minibatches=minibatches, cosine=cosine))
+    found = measure_variance(decomposition, minibatches=minibatches, cosine=cosine)
+    return dataset(found).assign_attrs(variance_attributes(decomposition, found))
 
 
 def measure_variance(
@@ -97,21 +104,25 @@ def measure_variance(
     check(min(minibatches, default=1) >= 1, "minibatches", "be at least 1 each", minibatches)
     check(0 < abs(cosine) <= 1, "cosine", "be from -1 to 1 and not 0", cosine)
     d = decomposition
+    present = d.moments.count > 0
     means = list(dict(d.theta_layout.split_by_layer(d.z)).values())
     squared_mean = torch.stack([mean.square().sum(1) for mean in means], 1)
-    between = torch.stack([(mean - mean.mean(0)).square().sum(1).mean() for mean in means])
     # Rounding can leave a vanishing variance a hair below 0.
     within = (d.moments.mean_squared_norm - squared_mean).clamp(min=0)
-    label = SpaceLabels((WHOLE, *d.theta_layout.layers), d.agents)
+    within = torch.where(present[:, None], within, torch.nan)
+    between = torch.stack([
+        (mean - mean.mean(0)).square().sum(1).mean() for mean in (m[present] for m in means)
+    ])
+    label, theta = SpaceLabels.of(d), d.theta_layout.layers
 
     def quantity(by_layer: torch.Tensor) -> Quantity:
         values = torch.cat([by_layer.sum(0, keepdim=True), by_layer]).cpu().numpy()
         how = "trace of the covariance of single samples, theta"
-        return label.quantity(values, "loss^2", how, spaces=False)
+        return label.quantity(label.of_layers(theta, values), "loss^2", how, spaces=False)
 
     found = {
         "variance_agent": quantity(within.mT),
-        "variance_within": quantity(within.mean(0)),
+        "variance_within": quantity(within[present].mean(0)),
         "variance_between": quantity(between),
     }
     found["variance_minibatch"] = _of_minibatches(found["variance_agent"], d.moments, minibatches)
@@ -120,7 +131,7 @@ def measure_variance(
     )
     if d.moments.square is not None:
         found["gsnr"] = label.quantity(
-            _gsnr(d.moments),
+            label.of_layers(theta, _gsnr(d.moments)),
             "1",
             "mean over coordinates, noise of the mean taken off",
             spaces=False,
@@ -132,7 +143,8 @@ def _of_minibatches(single: Quantity, moments: Moments, minibatches: Sequence[in
     """Drawing S / m of S samples without replacement: (m - 1) / (S - 1) of a sample's variance."""
     count = moments.count.cpu().numpy()
     parts = np.asarray(minibatches)[:, None]
-    added = ratio(np.where(count > 1, parts - 1.0, np.nan), count - 1.0)
+    possible = (count > 1) & (parts <= count)  # no minibatch is without samples
+    added = ratio(np.where(possible, parts - 1.0, np.nan), count - 1.0)
     return replace(
         single,
         values=single.values[:, None] * added,
@@ -147,7 +159,7 @@ def _over_coordinates(decomposition: Decomposition) -> float:
     total = sum(float(part.coordinate_sums().sum(dtype=torch.float64)) for part in parts)
     squared = sum(float(gram.sum()) for gram in decomposition.gram_psi().values())
     size = decomposition.psi_layout.size
-    return max(0.0, squared / size - (total / size) ** 2)
+    return float(np.maximum(squared / size - (total / size) ** 2, 0.0))  # NaN stays NaN
 
 
 def _gsnr(moments: Moments) -> NDArray[np.float64]:
@@ -169,7 +181,7 @@ def _of_means(
     if not d.products:
         return {}
     label = SpaceLabels.of(d)
-    of = {space: Estimates(products) for space, products in d.products.items()}
+    of = d.estimates
     clusters = d.moments.copy_count.shape[1] if d.moments.copy_count is not None else 0
     per_cluster = d.copies / clusters
 
@@ -179,30 +191,30 @@ def _of_means(
     noise, signal = (
         placed({s: getattr(of[s], name) for s in SPACES}) for name in ("noise", "signal")
     )
-    normalised = ratio(noise, np.where(signal > 0, signal, 0.0))
+    known = placed({s: of[s].known.astype(float) for s in SPACES})
+    normalised = ratio(noise, np.where(known == 1, signal, 0.0))
     resolve = placed({s: of[s].clusters_to_resolve(cosine) for s in SPACES}) * per_cluster
     spread = f"spread of {clusters} clusters"
+    unknown = "NaN unless the length is two standard errors above 0"
     found = {
         "squared_norm_debiased": label.quantity(
             signal, "loss^2", "U-statistic without products within a cluster"
         ),
         "variance_mean": label.quantity(noise, "loss^2", spread),
-        "normalised_variance": label.quantity(normalised, "1", f"{spread}; NaN without signal"),
-        "noise_scale": label.quantity(
-            normalised * d.copies, "copies", f"{spread}; NaN without signal"
-        ),
+        "normalised_variance": label.quantity(normalised, "1", f"{spread}; {unknown}"),
+        "noise_scale": label.quantity(normalised * d.copies, "copies", f"{spread}; {unknown}"),
         "copies_to_resolve": label.quantity(
             resolve, "copies", f"for a cosine of {cosine:g}, power 80 %"
         ),
     }
-    theta = SpaceLabels((WHOLE, *d.theta_layout.layers), d.agents)
     independent = ratio(of_sample, d.moments.count.cpu().numpy() - 1.0)
-    found["design_effect"] = theta.quantity(
-        ratio(of["theta"].noise, independent), "1", f"{spread}, over samples'", spaces=False
+    theta = label.of_layers(d.theta_layout.layers, of["theta"].noise)
+    found["design_effect"] = label.quantity(
+        ratio(theta, independent), "1", f"{spread}, over samples'", spaces=False
     )
     if "jacobian" in of:
-        psi = SpaceLabels((WHOLE, *d.psi_layout.layers), d.agents)
-        found["variance_jacobian"] = psi.quantity(
-            of["jacobian"].noise, "loss^2", f"{spread}, of J^T Z with fixed Z", spaces=False
+        jacobian = label.of_layers(d.psi_layout.layers, of["jacobian"].noise)
+        found["variance_jacobian"] = label.quantity(
+            jacobian, "loss^2", f"{spread}, of J^T Z with fixed Z", spaces=False
         )
     return found
