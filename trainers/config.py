@@ -87,7 +87,7 @@ class TrainConfig(_Section):
     diagnosed_samples: PositiveInt | None = Field(
         None,
         description="diagnose at most this many samples of each agent: whole time steps, spread "
-        "over the rollout (default: 512 for full, 128 for light)",
+        "over the rollout (default: `every` times 512 for full, 128 for light)",
     )
     every: PositiveInt = Field(10, description="diagnose every this many updates")
     effects_every: PositiveInt | None = Field(

@@ -16,7 +16,11 @@ from trainers.ppo import normalise
 from trainers.rollout import Rollout
 
 DIAGNOSED_SAMPLES: dict[Level, int] = {"off": 1, "light": 128, "full": 512}
-"""Samples of each agent that a diagnosis looks at by default."""
+"""Samples of each agent that a diagnosis looks at by default, for each update since the last.
+
+So the share of the training's time does not depend on how often there is one, and seldom ones see
+more.
+"""
 
 SHARED_OBSERVATIONS = 512
 """Observations on which the agents' behaviour is compared, at most."""
@@ -93,7 +97,7 @@ class Diagnosis:
     def _batches(self, rollout: Rollout) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
         """What each network is diagnosed on, and the environment copy of each sample."""
         config = self._config
-        most = config.diagnosed_samples or DIAGNOSED_SAMPLES[config.diagnostics]
+        most = config.diagnosed_samples or DIAGNOSED_SAMPLES[config.diagnostics] * config.every
         steps = spread(config.steps, max(1, most // config.copies))
         samples = rollout.samples | {"advantage": normalise(rollout.samples["advantage"])}
         batches = {
