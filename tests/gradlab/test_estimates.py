@@ -98,40 +98,52 @@ def test_a_cosines_interval_holds_the_values_that_are_not_refuted():
     sums = draw(np.random.default_rng(1), mean_gradients(3, -0.4, 20), 24, 1.0)
     found = Estimates(products_of(sums)).cosine_interval
     i, k = 0, 2
-    left_out = [Estimates(products_of(np.delete(sums, e, 1))).inner_product[0] for e in range(24)]
-    whole = Estimates(products_of(sums)).inner_product[0]
+    three = (i, i, k), (k, i, k)
+    whole = Estimates(products_of(sums)).inner_product[0][three]
+    left_out = np.array([
+        Estimates(products_of(np.delete(sums, e, 1))).inner_product[0][three] for e in range(24)
+    ])
     chain = (sums[:, None, :-1] * sums[None, :, 1:]).sum(3)
-    kernel = (chain + chain.swapaxes(0, 1)) / 2
+    kernel = ((chain + chain.swapaxes(0, 1)) / 2)[three].T
+
+    def variance(weights):
+        """The jackknife's, of a combination of D_ik, D_ii and D_kk, and its correction."""
+        left = left_out @ weights
+        plain = 23 / 24 * ((left - left.mean()) ** 2).sum()
+        corrected = (22**2 * plain - 2 * np.var(kernel @ weights, ddof=1)) / (23 * 20)
+        return plain, max(0.5, corrected / plain)
+
+    root = (whole[1] * whole[2]) ** 0.5
+    unlike, factor = variance([0, 1 / whole[1], -1 / whole[2]])
+    scale = root * (1 + unlike * factor / 8)
+    assert found.value[0, i, k] == pytest.approx(whole[0] / scale, rel=1e-10)
 
     def t(cosine):
         """The statistic of D_ik - c sqrt(D_ii D_kk), linear at the estimates."""
-        ratio = (whole[k, k] / whole[i, i]) ** 0.5 / 2
-        weights = 1.0, -cosine * ratio, -cosine / 4 / ratio
 
-        def combined(values):
-            return sum(
-                w * values[a, b] for w, a, b in zip(weights, (i, i, k), (k, i, k), strict=True)
-            )
+        def weights(c):
+            return np.array([1.0, -c * root / whole[1] / 2, -c * root / whole[2] / 2])
 
-        def variance(cosine_weights):
-            left = np.array([combine(v, cosine_weights) for v in left_out])
-            return 23 / 24 * ((left - left.mean()) ** 2).sum()
-
-        def combine(values, w):
-            return w[0] * values[i, k] + w[1] * values[i, i] + w[2] * values[k, k]
-
-        value = found.value[0, i, k]
-        at = 1.0, -value * ratio, -value / 4 / ratio
-        plain = variance(at)
-        of_kernel = np.var([combine(kernel[:, :, e], at) for e in range(23)], ddof=1)
-        factor = max(0.5, (22**2 * plain - 2 * of_kernel) / (23 * 20) / plain)
-        scale = (whole[i, i] * whole[k, k]) ** 0.5
-        return (whole[i, k] - cosine * scale) / (variance(weights) * factor) ** 0.5
+        _, factor = variance(weights(found.value[0, i, k]))
+        return (whole[0] - cosine * scale) / (variance(weights(cosine))[0] * factor) ** 0.5
 
     limit = stats.t.ppf(0.975, 23)
     assert t(found.low[0, i, k]) == pytest.approx(limit, rel=1e-6)
     assert t(found.high[0, i, k]) == pytest.approx(-limit, rel=1e-6)
     assert found.low[0, i, k] < found.value[0, i, k] < found.high[0, i, k]
+
+
+def test_lengths_that_fluctuate_apart_do_not_make_a_cosine_too_large():
+    """As the root of the product of their estimates is too small on average."""
+    random, means = np.random.default_rng(0), mean_gradients(2, 0.9, 3)
+    values, naive = [], []
+    for _ in range(800):
+        found = Estimates(fast_products(draw(random, means, 64, 0.3)))
+        values.append(found.cosine_interval.value[0, 0, 1])
+        naive.append(found.inner_product[0, 0, 1] / np.prod(found.signal[0]) ** 0.5)
+    error = np.std(naive) / len(naive) ** 0.5
+    assert np.mean(naive) > 0.9 + 4 * error
+    assert np.nanmean(values) == pytest.approx(0.9, abs=3 * error)
 
 
 def test_identical_opposite_and_orthogonal_agents():

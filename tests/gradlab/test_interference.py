@@ -65,7 +65,6 @@ def slow_cosine(sums, count, own, i, k):
         return 1.0, 1.0, 1.0
     d_ik, d_ii, d_kk = slow_inner_product(sums, count, i, k), own[i][0], own[k][0]
     root = (d_ii * d_kk) ** 0.5
-    value = d_ik / root
     three = (i, k), (i, i), (k, k)
     left_out = np.array([
         [slow_inner_product(sums, count, *pair, (e,)) for pair in three] for e in range(n)
@@ -83,18 +82,24 @@ def slow_cosine(sums, count, own, i, k):
     def weights(c):  # of D_ik, D_ii and D_kk in D_ik - c sqrt(D_ii D_kk), to first order
         return np.array([1.0, -c * d_kk / (2 * root), -c * d_ii / (2 * root)])
 
-    def jackknife(c):
-        values = left_out @ weights(c)
-        return (n - 1) / n * ((values - values.mean()) ** 2).sum()
+    def variance(weights):  # the jackknife's, and its correction
+        values = left_out @ weights
+        plain = (n - 1) / n * ((values - values.mean()) ** 2).sum()
+        of_kernel = np.var(kernel @ weights, ddof=1)
+        corrected = ((n - 2) ** 2 * plain - 2 * of_kernel) / ((n - 1) * (n - 4))
+        return plain, max(0.5, corrected / plain) if plain > 0 else 1.0
 
-    at = jackknife(value)
-    of_kernel = np.var(kernel @ weights(value), ddof=1)
-    if at == 0:  # 0 by structure, without noise
+    if d_ik == 0:  # 0 by structure, without noise
         return 0.0, 0.0, 0.0
-    factor = max(0.5, ((n - 2) ** 2 * at - 2 * of_kernel) / ((n - 1) * (n - 4)) / at)
+    unlike, factor = variance(np.array([0, 1 / d_ii, -1 / d_kk]))
+    scale = root * (1 + unlike * factor / 8)
+    value = d_ik / scale
+    _, factor = variance(weights(value))
     quantile = stats.t.ppf(0.975, n - 1)
     points = np.array([-1.0, 0.0, 1.0])  # the condition is a parabola in c
-    heights = [(d_ik - c * root) ** 2 - quantile**2 * factor * jackknife(c) for c in points]
+    heights = [
+        (d_ik - c * scale) ** 2 - quantile**2 * factor * variance(weights(c))[0] for c in points
+    ]
     parabola = np.polyfit(points, heights, 2)
     if parabola[0] <= 0:
         return np.nan, -1.0, 1.0
