@@ -93,8 +93,8 @@ class TrainConfig(_Section):
     effects_every: PositiveInt | None = Field(
         None,
         description="with full diagnostics, record every this many updates, beside a diagnosis, "
-        "coupling, transference, behavioural diversity, and how embeddings are arranged (default: "
-        "ten times --every)",
+        "coupling, transference, behavioural diversity, and how embeddings are arranged; not of "
+        "the untrained networks (default: five times --every)",
     )
     effects_preconditioned: bool = Field(
         False,
@@ -113,4 +113,4 @@ class TrainConfig(_Section):
     @property
     def effects_period(self) -> int:
         """Number of updates from one record of coupling, transference and so on to the next."""
-        return self.effects_every or 10 * self.every
+        return self.effects_every or 5 * self.every

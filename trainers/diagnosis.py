@@ -75,7 +75,9 @@ class Diagnosis:
             Quantities by name; none if nothing is due.
         """
         config, self.findings = self._config, []
-        of_effects = config.diagnostics == "full" and update % config.effects_period == 0
+        of_effects = (
+            config.diagnostics == "full" and update > 0 and update % config.effects_period == 0
+        )
         if config.diagnostics == "off" or not (of_effects or update % config.every == 0):
             return {}
         batches, copy = self._batches(rollout)

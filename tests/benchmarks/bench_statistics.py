@@ -46,7 +46,7 @@ def row(method, agents):
         for name, network in networks.items():
             arguments = (network.generator, network.surrogate, batches[name])
             engine, _ = seconds(lambda a=arguments: decompose(*a, check=0))
-            clusters, parts = seconds(lambda a=arguments: decompose(*a, check=0, copy=copy))
+            clusters, parts = seconds(lambda a=arguments, c=copy: decompose(*a, check=0, copy=c))
             others, _ = seconds(
                 lambda p=parts, n=network: (
                     measure_interference(p),

@@ -29,6 +29,7 @@ def seconds_of(method, level, folder):
         frames=128 * 32 * UPDATES,
         diagnostics=level,
         every=1,
+        effects_every=10 * UPDATES,  # transference and the like have a schedule of their own
     )
     trainer = Trainer(config)
     with RunWriter(folder) as writer:

@@ -101,9 +101,7 @@ def test_a_layer_that_no_run_has_is_said_to_be_undefined(write_run, tmp_path):
         alone, run_marks(["alone"]), learning_curves(alone), cursor(alone, [[0]])
     )
     figure = shown(panels[1], network="actor", layer="all", update=0)
-    assert annotations(figure) == [
-        "undefined here: no such layer, no two agents, or no verdicts"
-    ]
+    assert annotations(figure) == ["undefined here: no such layer, no two agents, or no verdicts"]
 
 
 @pytest.mark.parametrize("space", ["psi", "theta"])
