@@ -18,7 +18,6 @@ from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows
 from gradlab.engine.plan import planned_gradients
 from gradlab.engine.surrogate import Theta
 from gradlab.factorisation import reads_observation
-from gradlab.parameters import ParameterLayout
 
 
 @runtime_checkable
