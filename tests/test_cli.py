@@ -74,7 +74,20 @@ def test_train_conflict_and_dashboard_work_beside_a_folder_called_trainers(tmp_p
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
-    small = ["--frames", "2048", "--agents", "3", "--every", "1", "--out", "r"]
+    small = [
+        "--frames",
+        "2048",
+        "--agents",
+        "3",
+        "--every",
+        "1",
+        "--effects-every",
+        "1",
+        "--steps",
+        "16",
+        "--out",
+        "r",
+    ]
     result = gradlab("train", *small, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "r"
