@@ -1,9 +1,12 @@
-"""Claims of the literature as commands: train what is missing, tabulate, give a verdict."""
+"""Claims as commands: train what is missing, or draw; tabulate, give a verdict."""
 
+from analyses.studies.bias import BIAS
 from analyses.studies.specialisation import SPECIALISATION
-from analyses.studies.study import Study, run_study
+from analyses.studies.study import Simulation, Study, run_study
 from gradlab.registry import Registry
 
-STUDIES: Registry[Study] = Registry("study", {SPECIALISATION.name: SPECIALISATION})
+STUDIES: Registry[Study | Simulation] = Registry(
+    "study", {study.name: study for study in (SPECIALISATION, BIAS)}
+)
 
-__all__ = ["STUDIES", "Study", "run_study"]
+__all__ = ["STUDIES", "Simulation", "Study", "run_study"]

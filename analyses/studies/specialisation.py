@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analyses.studies.study import Study, Verdict
+from analyses.studies.study import Findings, Study, Verdict
 from gradlab.run import Run
 from trainers.envs.matrix_games import chance_return
 
@@ -50,7 +50,7 @@ def _over_training(run: Run, quantity: str) -> float:
     return float(run.quantity(quantity).sel(where).mean())
 
 
-def _report(runs: Mapping[str, Run]) -> tuple[pd.DataFrame, list[Verdict]]:
+def _report(runs: Mapping[str, Run]) -> Findings:
     found = pd.DataFrame([
         {
             "method": run.method,
@@ -79,7 +79,7 @@ def _report(runs: Mapping[str, Run]) -> tuple[pd.DataFrame, list[Verdict]]:
                 )
                 row[method] = f"{mean} ({low} to {high})"
             rows.append(row)
-    return pd.DataFrame(rows), _verdicts(found)
+    return Findings(table=pd.DataFrame(rows), verdicts=_verdicts(found))
 
 
 def _verdicts(found: pd.DataFrame) -> list[Verdict]:

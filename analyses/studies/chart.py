@@ -1,0 +1,117 @@
+"""Line charts as small SVG files, for reports that any viewer shows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+_WIDTH, _HEIGHT = 300, 210
+_LEFT, _TOP, _RIGHT, _BOTTOM = 44, 34, 12, 40
+_ROW = 18
+_COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
+_GREY = "#888888"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a panel.
+
+    Attributes:
+        name: What the legend calls it; lines of the same name in several panels are one entry.
+        values: Its heights, NaN where there is none.
+        dashed: Whether it is dashed.
+    """
+
+    name: str
+    values: Sequence[float]
+    dashed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One plot.
+
+    Attributes:
+        title: What its heights are.
+        lines: What it shows.
+        ticks: Heights that are labelled; the first and last are its limits.
+        marks: Heights of grey lines: what is true.
+    """
+
+    title: str
+    lines: Sequence[Line]
+    ticks: Sequence[float]
+    marks: Sequence[float] = ()
+
+
+def chart(panels: Sequence[Panel], labels: Sequence[str], axis: str) -> str:
+    """Draw panels side by side over one axis of equally spaced labels.
+
+    Args:
+        panels: The panels.
+        labels: Labels of the lines' points.
+        axis: What the labels are.
+
+    Returns:
+        An SVG file.
+    """
+    names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
+    width, height = _WIDTH * len(panels), _HEIGHT + _ROW * len(names) + 8
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for number, panel in enumerate(panels):
+        parts.append(f'<g transform="translate({number * _WIDTH} 0)">')
+        parts += _panel(panel, labels, axis, names)
+        parts.append("</g>")
+    for row, name in enumerate(names):
+        y = _HEIGHT + _ROW * row + 10
+        dashed = any(x.dashed for panel in panels for x in panel.lines if x.name == name)
+        stroke = _stroke(names.index(name), dashed)
+        parts.append(f'<path d="M{_LEFT} {y}h30" {stroke}/>')
+        parts.append(f'<text x="{_LEFT + 38}" y="{y + 4}">{escape(name)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _panel(panel: Panel, labels: Sequence[str], axis: str, names: Sequence[str]) -> list[str]:
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    low, high = panel.ticks[0], panel.ticks[-1]
+
+    def x(place: int) -> float:
+        return _LEFT + (right - _LEFT) * (place + 0.5) / len(labels)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - _TOP) * (value - low) / (high - low)
+
+    parts = [f'<text x="{_LEFT}" y="18" font-weight="bold">{escape(panel.title)}</text>']
+    for tick in panel.ticks:
+        parts.append(f'<path d="M{_LEFT} {y(tick):.1f}H{right}" stroke="#e5e5e5"/>')
+        parts.append(
+            f'<text x="{_LEFT - 5}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
+    parts += [f'<path d="M{_LEFT} {y(m):.1f}H{right}" stroke="{_GREY}"/>' for m in panel.marks]
+    parts += [
+        f'<text x="{x(place):.1f}" y="{bottom + 15}" text-anchor="middle">{escape(label)}</text>'
+        for place, label in enumerate(labels)
+    ]
+    parts.append(
+        f'<text x="{(_LEFT + right) / 2}" y="{bottom + 31}" text-anchor="middle">'
+        f"{escape(axis)}</text>"
+    )
+    for line in panel.lines:
+        points = [
+            f"{x(place):.1f} {y(min(max(value, low), high)):.1f}"
+            for place, value in enumerate(line.values)
+            if math.isfinite(value)
+        ]
+        stroke = _stroke(names.index(line.name), line.dashed)
+        parts.append(f'<path d="M{" L".join(points)}" {stroke}/>')
+    return parts
+
+
+def _stroke(number: int, dashed: bool) -> str:
+    colour = _COLOURS[number % len(_COLOURS)]
+    dash = ' stroke-dasharray="5 3"' if dashed else ""
+    return f'fill="none" stroke="{colour}" stroke-width="2"{dash}'
