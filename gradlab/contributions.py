@@ -224,16 +224,15 @@ class _Vectors:
         Returns:
             The products in float64.
         """
-        factors = [_scaled(part) for part in (rows, mean, last) if part is not None]
-        if any(factor is None for factor in factors):
+        vectors, of_mean = _vectors_of(rows), _vectors_of(mean)
+        if vectors is None or of_mean is None:
             return self._of(rows, mean, last)
-        (vectors, _), (mean_vectors, scale), *before = (f for f in factors if f is not None)
         place = _place(vectors.values)
         if place not in self._known:
-            earlier = before[0][0] if before else None
+            before = None if last is None else _vectors_of(last)
             # with the vectors, so that no others come to lie in their place
-            self._known[place] = vectors.values, self._of(vectors, mean_vectors, earlier)
-        known = self._known[place][1]
+            self._known[place] = vectors.values, self._of(vectors, of_mean, before)
+        known, scale = self._known[place][1], _scale_of(mean)
         return known if scale is None else Products(*(products * scale for products in known))
 
     def _of(self, rows: PerSample, mean: PerSample, last: PerSample | None) -> Products:
@@ -257,18 +256,23 @@ class _Vectors:
         )
 
 
-def _scaled(part: PerSample) -> tuple[Rows, Float[Tensor, "row row"] | None] | None:
-    """Vectors, and by what their products are multiplied, that depends on the agents alone.
-
-    None if a gradient has no such form.
-    """
+def _vectors_of(part: PerSample) -> Rows | None:
+    """What a linear layer's or a table's gradients have at its output; None for other gradients."""
     if isinstance(part, Rows):
-        return Rows(part.values.flatten(2)), None
+        return Rows(part.values.flatten(2))
     if isinstance(part, Outer) and part.inputs.shape[2] == 1:
-        read = part.inputs[0, :, 0].double()
-        return Rows(part.output_gradients[:, :, 0]), read @ read.mT
+        return Rows(part.output_gradients[:, :, 0])
     if isinstance(part, Lookup) and part.index.shape[2] == 1:
+        return Rows(part.output_gradients[:, :, 0].flatten(2))
+    return None
+
+
+def _scale_of(part: PerSample) -> Float[Tensor, "agent agent"] | None:
+    """By what the vectors' products are multiplied, for the agents are told apart by it alone."""
+    if isinstance(part, Outer):
+        read = part.inputs[0, :, 0].double()
+        return read @ read.mT
+    if isinstance(part, Lookup):
         index = part.index[0, :, 0]
-        same = (index[:, None] == index).double()
-        return Rows(part.output_gradients[:, :, 0].flatten(2)), same
+        return (index[:, None] == index).double()
     return None
