@@ -34,7 +34,6 @@ def row(method, agents):
         agents=agents,
         copies=128,
         diagnostics="full",
-        env_args={"collisions": False} if agents > 8 else {},
     )
     trainer = Trainer(config)
     networks = trainer.diagnosis.probe.networks

@@ -15,21 +15,23 @@ from gradlab.run_writer import RunWriter
 from trainers.config import TrainConfig
 from trainers.loop import Trainer, describe
 
-UPDATES, ROUNDS = 12, 11
+LENGTHS = {100: (5, 7), 32: (12, 11)}
+"""Updates of one training, and rounds, for each length of a rollout."""
 LEVELS = ("off", "light", "full")
 
 
-def seconds_of(method, level, folder):
+def seconds_of(method, steps, level, folder):
+    updates, _ = LENGTHS[steps]
     config = TrainConfig(
         method=method,
         env="vmas/navigation",
         agents=4,
         copies=128,
-        steps=32,
-        frames=128 * 32 * UPDATES,
+        steps=steps,
+        frames=128 * steps * updates,
         diagnostics=level,
         every=1,
-        effects_every=10 * UPDATES,  # transference and the like have a schedule of their own
+        effects_every=10 * updates,  # transference and the like have a schedule of their own
     )
     trainer = Trainer(config)
     with RunWriter(folder) as writer:
@@ -39,16 +41,17 @@ def seconds_of(method, level, folder):
         return time.perf_counter() - began
 
 
-def row(method):
+def row(method, steps):
+    updates, rounds = LENGTHS[steps]
     times = {level: [] for level in LEVELS}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(ROUNDS):
+        for number in range(rounds):
             first = number % len(LEVELS)
             for level in (*LEVELS[first:], *LEVELS[:first]):
                 out = Path(folder, f"{level}-{number}")
-                times[level].append(seconds_of(method, level, out))
-    found = {"method": method, "updates": UPDATES}
-    found["ms per update"] = 1e3 * statistics.median(times["off"]) / UPDATES
+                times[level].append(seconds_of(method, steps, level, out))
+    found = {"method": method, "steps": steps, "updates": updates}
+    found["ms per update"] = 1e3 * statistics.median(times["off"]) / updates
     for level in LEVELS[1:]:
         pairs = zip(times[level], times["off"], strict=True)
         found[level] = statistics.median(a / b for a, b in pairs) - 1
@@ -57,7 +60,8 @@ def row(method):
 
 
 def main():
-    write("training", [row(method) for method in ("fups", "fups-id", "nops", "hypermarl")])
+    methods = ("fups", "fups-id", "nops", "hypermarl")
+    write("training", [row(method, steps) for steps in LENGTHS for method in methods])
 
 
 if __name__ == "__main__":

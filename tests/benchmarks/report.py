@@ -140,8 +140,8 @@ def statistics():
     columns = ("method", "agents", "update, ms", "statistics, ms", "share")
     return (
         "## Statistics\n\nWhat intervals, verdicts, variance and coupling of actor and critic cost beside the "
-        "engine's own passes, against the whole time of an update without diagnostics: `vmas/navigation` "
-        "(without collisions for 16 agents), 128 copies in 32 clusters, 512 samples of each agent, one "
+        "engine's own passes, against the whole time of an update without diagnostics: `vmas/navigation`, "
+        "128 copies in 32 clusters, 512 samples of each agent, one "
         "thread. `decompose` with clusters told apart, `interference`, `variance` and `coupling`, less "
         "`decompose` without clusters.\n\n" + table(columns, rows) + provenance(record)
     )
@@ -152,24 +152,29 @@ def training():
     rows = [
         (
             row["method"],
+            row["steps"],
             f"{row['ms per update']:,.0f}",
             f"{100 * row['light']:+.1f} %",
             f"{100 * row['full']:+.1f} %",
         )
         for row in record["rows"]
     ]
-    columns = ("method", "off, ms per update", "light", "full")
+    columns = ("method", "steps", "off, ms per update", "light", "full")
     return (
         "## Diagnostics in training\n\nWall time of whole trainings with every update diagnosed "
         "(`--every 1`; the default is every tenth) against `--diagnostics off`: independent PPO, 4 epochs "
-        "of 4 minibatches, `vmas/navigation`, 4 agents, 128 copies, rollouts of 32 steps, recorded as "
+        "of 4 minibatches, `vmas/navigation`, 4 agents, 128 copies, rollouts of so many steps, recorded as "
         "`gradlab train` does, one thread. Full diagnoses hold the statistics; transference, behaviour and "
-        "geometry have a schedule of their own (`--effects-every`) and are left out.\n\n" + table(columns, rows) + provenance(record)
+        "geometry have a schedule of their own (`--effects-every`) and are left out.\n\n"
+        + table(columns, rows)
+        + provenance(record)
     )
 
 
 def main():
-    PAGE.write_text((HEAD + engine() + psi() + scale() + statistics() + training()).rstrip("\n") + "\n")
+    PAGE.write_text(
+        (HEAD + engine() + psi() + scale() + statistics() + training()).rstrip("\n") + "\n"
+    )
 
 
 if __name__ == "__main__":
