@@ -262,6 +262,8 @@ def _residual(
     differences, sizes = [], []
     for name, reference in zip(psi, plain, strict=True):
         sizes.append(torch.linalg.vector_norm(reference))
-        differences.append(torch.linalg.vector_norm(reference.sub_(pulled[name].sum()[0])))
-    difference, scale = (float(torch.stack(norms).norm()) for norms in (differences, sizes))
-    return difference / scale if scale > 0 else difference
+        difference = reference.neg_().contiguous()
+        pulled[name].add_sums(difference[None, None])  # in place: psi may be large
+        differences.append(torch.linalg.vector_norm(difference))
+    distance, scale = (float(torch.stack(norms).norm()) for norms in (differences, sizes))
+    return distance / scale if scale > 0 else distance
