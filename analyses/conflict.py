@@ -148,8 +148,9 @@ def explain(run: Run, agent: int, other: int, *, network: str = "actor", layer: 
     where = f"{run.name}, {network}, {layer}, update {newest.update}"
     words = [f"{where}: agents {agent} and {other} {want} (Z cosine {said('theta')})"]
     through = of("cosine_debiased", "psi") / of("cosine_debiased", "theta")
-    scheme = _SCHEMES.get(run.method, run.method)
-    if run.method == "nops":
+    method = run.method_of(network)
+    scheme = _SCHEMES.get(method, method)
+    if method == "nops" and run.config.get("network", {}).get("log_std") != "shared":
         words.append(f"{scheme} let nothing of it through")
     elif of("verdict", "theta") in {CONFLICT, ALIGNED} and math.isfinite(through):
         words.append(f"{scheme} lets {through:.0%} of it through (FuPS: 100 %)")
@@ -172,8 +173,10 @@ def explain(run: Run, agent: int, other: int, *, network: str = "actor", layer: 
 _SCHEMES = {
     "fups": "full sharing",
     "fups-id": "full sharing with IDs",
+    "fups-id-nostate": "full sharing of IDs alone",
     "nops": "separate networks",
     "hypermarl": "the hypernetwork",
+    "hypermarl-no-rf": "the hypernetwork",
     "hypermarl-linear": "the linear hypernetwork",
     "hypermarl-coupled": "the hypernetwork, which reads the observation,",
 }

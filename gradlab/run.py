@@ -85,8 +85,23 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The sharing scheme's registered name, "unknown" if run.json is lost."""
+        """The sharing scheme's registered name, "unknown" if run.json is lost.
+
+        Where actor and critic have different ones: both, joined by a plus.
+        """
         return str(self.info.get("method", "unknown"))
+
+    def method_of(self, network: str) -> str:
+        """The sharing scheme of one network, where they differ.
+
+        Args:
+            network: "actor" or "critic".
+
+        Returns:
+            Its registered name; the run's method if the run does not tell them apart.
+        """
+        methods = self.info.get("methods", {})
+        return str(methods.get(network, self.method) if isinstance(methods, dict) else self.method)
 
     @property
     def environment(self) -> str:

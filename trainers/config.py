@@ -40,25 +40,39 @@ class NetworkConfig(_Section):
 
     hidden: tuple[PositiveInt, ...] = Field((64, 64), description="widths of the hidden layers")
     activation: Literal["tanh", "relu"] = Field("tanh", description="hidden activation")
+    match: str | None = Field(
+        None,
+        description="widen or narrow the hidden layers until all agents' parameters together come "
+        "nearest to what this method has with the widths given",
+    )
+    log_std: Literal["default", "shared", "agent"] = Field(
+        "default",
+        description="a continuous policy's log_std: one that all agents share, or one for each "
+        "agent; default: agent for nops, else shared",
+    )
 
 
 class HypernetworkConfig(_Section):
     """The generator of the hypermarl methods."""
 
-    embedding: Literal["default", "learned", "one-hot"] = Field(
+    embedding: Literal["default", "learned", "one-hot", "orthogonal", "random"] = Field(
         "default",
-        description="what the hypernetwork reads; default: learned for hypermarl, "
-        "one-hot for hypermarl-linear",
+        description="what the hypernetwork reads: learned embeddings, or fixed ones: one-hot, rows "
+        "of a random orthogonal matrix, or random (standard normal); default: one-hot for "
+        "hypermarl-linear, else learned",
     )
-    embedding_size: PositiveInt = Field(8, description="size of a learned embedding")
+    embedding_size: PositiveInt = Field(8, description="size of an embedding that is not one-hot")
     hidden: tuple[PositiveInt, ...] = Field((64,), description="widths of hypermarl's trunks")
+    shared_trunk: bool = Field(
+        False, description="one trunk for all weights and biases of a network, not one for each"
+    )
     bias: bool = Field(
         True, description="heads have a bias, which all agents share; false with one-hot: as nops"
     )
     scaled_init: bool = Field(
         True,
         description="scale the weight heads so that generated layers start with PPO's gains; "
-        "false: as in the official code",
+        "false: as in the official code; hypermarl-no-rf starts them as any other layer",
     )
 
 
@@ -66,6 +80,12 @@ class TrainConfig(_Section):
     """One training run."""
 
     method: str = Field("hypermarl", description="sharing scheme")
+    actor_method: str | None = Field(
+        None, description="sharing scheme of the actors (default: --method)"
+    )
+    critic_method: str | None = Field(
+        None, description="sharing scheme of the critics (default: --method)"
+    )
     algorithm: Literal["ippo"] = Field("ippo", description="learning algorithm")
     env: str = Field("specialisation", description="environment")
     env_args: dict[str, JsonValue] = Field(
@@ -104,6 +124,19 @@ class TrainConfig(_Section):
     ppo: PPOConfig = Field(default_factory=PPOConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
     hypernetwork: HypernetworkConfig = Field(default_factory=HypernetworkConfig)
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """Sharing scheme of each network."""
+        return {
+            "actor": self.actor_method or self.method,
+            "critic": self.critic_method or self.method,
+        }
+
+    @property
+    def scheme(self) -> str:
+        """The sharing scheme in a word: the actors' and the critics', if they differ."""
+        return "+".join(dict.fromkeys(self.methods.values()))
 
     @property
     def updates(self) -> int:

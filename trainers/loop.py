@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +18,7 @@ from trainers.config import TrainConfig
 from trainers.diagnosis import Diagnosis
 from trainers.envs import make_env
 from trainers.envs.vector_env import EnvSpec
-from trainers.generators import METHODS
+from trainers.generators import make_generator
 from trainers.generators.generator import Generator
 from trainers.networks import MLP, Theta
 from trainers.policies import make_policy
@@ -42,7 +43,6 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
-        make = METHODS[config.method]
         self.config = config
         self.random = torch.Generator().manual_seed(config.seed)
         env = make_env(
@@ -54,14 +54,16 @@ class Trainer:
         )
         self.spec: EnvSpec = env.spec
         hidden, activation = config.network.hidden, config.network.activation
-        self.policy = make_policy(
+        policy = make_policy(
             env.spec.observation_size, env.spec.action_space, hidden=hidden, activation=activation
         )
-        self.value = MLP(
+        value = MLP(
             sizes=(env.spec.observation_size, *hidden, 1), activation=activation, head_gain=1.0
         )
-        self.actor = make(self.policy.network, env.spec.agents, self.random, config.hypernetwork)
-        self.critic = make(self.value, env.spec.agents, self.random, config.hypernetwork)
+        self.actor = self._generator("actor", policy.network)
+        self.critic = self._generator("critic", value)
+        self.policy = replace(policy, network=self.actor.mlp)
+        self.value = self.critic.mlp
         self.optimiser = torch.optim.Adam(
             [*self.actor.parameters(), *self.critic.parameters()],
             lr=config.ppo.learning_rate,
@@ -80,6 +82,17 @@ class Trainer:
             "critic": Network(generator=self.critic, surrogate=self.value_loss),
         }
         self.diagnosis = Diagnosis(config, networks, self.policy, self.optimiser)
+
+    def _generator(self, network: str, mlp: MLP) -> Generator:
+        config = self.config
+        return make_generator(
+            config.methods[network],
+            mlp,
+            self.spec.agents,
+            self.random,
+            config.network,
+            config.hypernetwork,
+        )
 
     @property
     def frames_done(self) -> int:
@@ -241,7 +254,8 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     """
     config = trainer.config
     return {
-        "method": config.method,
+        "method": config.scheme,
+        "methods": config.methods,
         "algorithm": config.algorithm,
         "environment": config.env,
         "agents": trainer.spec.agents,

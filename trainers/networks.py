@@ -44,6 +44,11 @@ class MLP:
         shapes = zip(self.sizes[1:], self.sizes[:-1], strict=True)
         return dict(zip(names, shapes, strict=True))
 
+    @property
+    def size(self) -> int:
+        """Number of weights and biases, without `log_std`."""
+        return sum(outputs * (inputs + 1) for outputs, inputs in self.layers.values())
+
     def gain(self, layer: str) -> float:
         """Gain of a layer's orthogonal initialisation.
 
@@ -91,10 +96,11 @@ def per_agent(parameter: Tensor, x: Tensor) -> Tensor:
     """Give a free vector the axes of what it is combined with.
 
     Args:
-        parameter: A vector [size], or one with an agent axis [agent, size] or [1, size].
-        x: A tensor [*batch, size], with batch axes [agent, sample] in the latter case.
+        parameter: A vector [size], one with an agent axis [agent, size] or [1, size], or one for
+            every sample [agent, sample, size].
+        x: A tensor [*batch, size], with batch axes [agent, sample] in the latter cases.
 
     Returns:
         The parameter, ready to be broadcast against `x`.
     """
-    return parameter if parameter.dim() == 1 else parameter[:, None].expand_as(x)
+    return parameter[:, None].expand_as(x) if parameter.dim() == 2 else parameter

@@ -68,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR", help="the run's folder (default: a new one in runs/)"
     )
     add.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    add.add_argument(
+        "--describe",
+        action="store_true",
+        help="print the networks' layers, sizes and J_i, and train nothing",
+    )
     add_settings(add)
     add.set_defaults(command=train.train, parser=add)
 

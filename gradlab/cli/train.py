@@ -10,7 +10,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from gradlab.checks import UsageError
 from gradlab.cli.options import given_settings, make_config
@@ -27,7 +29,7 @@ class Stopped(Exception):
 
 
 def train(options: argparse.Namespace) -> None:
-    """`gradlab train`: one run, then its conflict and how to look at it.
+    """`gradlab train`: one run, then its conflict and how to look at it; or a description.
 
     Args:
         options: The parsed command line.
@@ -36,6 +38,11 @@ def train(options: argparse.Namespace) -> None:
         UsageError: If an option can't be used.
     """
     settings = given_settings(options)
+    if options.describe:
+        if options.resume:
+            raise UsageError("--describe trains nothing. Leave out --resume.")
+        _describe(settings)
+        return
     if options.resume:
         if options.out is None:
             raise UsageError("--resume needs the run to go on with. Add --out DIR.")
@@ -46,6 +53,32 @@ def train(options: argparse.Namespace) -> None:
     if make_config(settings).diagnostics != "off":
         print_conflict([out])
     print(f"Run: {out}\nDashboard: gradlab dashboard {out} --html {out}.html")
+
+
+def _describe(settings: Mapping[str, Any]) -> None:
+    """Print what would be trained."""
+    from trainers.description import describe_networks
+    from trainers.loop import Trainer
+
+    trainer = Trainer(make_config(settings))
+    for network in describe_networks(trainer):
+        widths = " -> ".join(map(str, network.widths))
+        shown = Table(
+            "layer",
+            "form",
+            Column("theta of each agent", justify="right"),
+            Column("psi of all", justify="right"),
+            title=f"{network.network}: {network.method}, {widths}, {network.activation}",
+            title_justify="left",
+        )
+        for layer in network.layers:
+            shown.add_row(layer.name, layer.form, f"{layer.theta:,}", f"{layer.psi:,}")
+        shown.add_section()
+        shown.add_row("all", "", f"{network.theta:,}", f"{network.psi:,}")
+        Console().print(shown)
+        print(f"J_i: {network.jacobian}.\n")
+    psi = sum(network.psi for network in describe_networks(trainer))
+    print(f"{trainer.spec.agents} agents; {psi:,} trained parameters.")
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -78,7 +111,7 @@ def _train_run(settings: Mapping[str, Any], out: Path, bar: Progress, *, resume:
     from trainers.train import train_run
 
     config = make_config(settings)
-    task = bar.add_task(config.method, total=config.frames, rate="", last="")
+    task = bar.add_task(config.scheme, total=config.frames, rate="", last="")
 
     def progress(frames: int, last: float) -> None:
         speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
@@ -122,7 +155,7 @@ def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _new_folder(config: Any) -> Path:  # noqa: ANN401
-    name = f"{config.method}-{config.env.replace('/', '-')}"
+    name = f"{config.scheme}-{config.env.replace('/', '-')}"
     return next(
         folder for i in range(sys.maxsize) if not (folder := Path("runs", f"{name}-{i}")).exists()
     )

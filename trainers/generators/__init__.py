@@ -1,49 +1,105 @@
 """Sharing schemes by name."""
 
-from collections.abc import Callable
-
 from torch import Generator as RandomGenerator
 
 from gradlab.registry import Registry
-from trainers.config import HypernetworkConfig
+from trainers.config import HypernetworkConfig, NetworkConfig
 from trainers.generators.coupled import CoupledHyperNetwork
 from trainers.generators.generator import Generator
 from trainers.generators.hypernetwork import HyperNetwork
 from trainers.generators.independent import NoPS
+from trainers.generators.method import Method, matched
 from trainers.generators.shared import FuPS, FuPSID
 from trainers.networks import MLP
 
-Factory = Callable[[MLP, int, RandomGenerator, HypernetworkConfig], Generator]
-
 
 def _hypernetwork(
-    default: str, *, linear: bool = False, kind_of: type[HyperNetwork] = HyperNetwork
-) -> Factory:
-    def make(
-        mlp: MLP, agents: int, random: RandomGenerator, config: HypernetworkConfig
-    ) -> Generator:
+    default: str,
+    *,
+    linear: bool = False,
+    reset_fan: bool = True,
+    kind_of: type[HyperNetwork] = HyperNetwork,
+) -> Method:
+    def resolved(config: HypernetworkConfig) -> HypernetworkConfig:
         kind = default if config.embedding == "default" else config.embedding
-        return kind_of(
-            mlp,
-            agents,
-            random,
-            embedding_size=config.embedding_size if kind == "learned" else None,
-            hidden=() if linear else config.hidden,
-            scaled_init=config.scaled_init,
-            bias=config.bias,
-        )
+        hidden = () if linear else config.hidden
+        return config.model_copy(update={"embedding": kind, "hidden": hidden})
 
-    return make
+    def make(
+        mlp: MLP, agents: int, random: RandomGenerator, config: HypernetworkConfig, own: bool
+    ) -> Generator:
+        return kind_of(mlp, agents, random, resolved(config), reset_fan=reset_fan, own_log_std=own)
+
+    return Method(
+        factory=make,
+        count=lambda mlp, agents, config, own: kind_of.count(mlp, agents, resolved(config), own),
+    )
 
 
-METHODS: Registry[Factory] = Registry(
+def _shared_with_id(*, observed: bool) -> Method:
+    return Method(
+        factory=lambda mlp, agents, random, _, own: FuPSID(
+            mlp, agents, random, own_log_std=own, observed=observed
+        ),
+        count=lambda mlp, agents, _, own: FuPSID.count(mlp, agents, own, observed=observed),
+    )
+
+
+METHODS: Registry[Method] = Registry(
     "method",
     {
         "hypermarl": _hypernetwork("learned"),
+        "hypermarl-no-rf": _hypernetwork("learned", reset_fan=False),
         "hypermarl-coupled": _hypernetwork("learned", kind_of=CoupledHyperNetwork),
         "hypermarl-linear": _hypernetwork("one-hot", linear=True),
-        "fups": lambda mlp, agents, random, _: FuPS(mlp, agents, random),
-        "fups-id": lambda mlp, agents, random, _: FuPSID(mlp, agents, random),
-        "nops": lambda mlp, agents, random, _: NoPS(mlp, agents, random),
+        "fups": Method(
+            factory=lambda mlp, agents, random, _, own: FuPS(mlp, agents, random, own_log_std=own),
+            count=lambda mlp, agents, _, own: FuPS.count(mlp, agents, own),
+        ),
+        "fups-id": _shared_with_id(observed=True),
+        "fups-id-nostate": _shared_with_id(observed=False),
+        "nops": Method(
+            factory=lambda mlp, agents, random, _, own: NoPS(mlp, agents, random, own_log_std=own),
+            count=lambda mlp, agents, _, own: NoPS.count(mlp, agents, own),
+            own_log_std=True,
+        ),
     },
 )
+
+_OWN_LOG_STD = {"default": None, "shared": False, "agent": True}
+
+
+def make_generator(
+    name: str,
+    mlp: MLP,
+    agents: int,
+    random: RandomGenerator,
+    network: NetworkConfig,
+    hypernetwork: HypernetworkConfig,
+) -> Generator:
+    """Make the generator of one network.
+
+    Args:
+        name: The sharing scheme.
+        mlp: The network, with the widths that are asked for.
+        agents: Number of agents.
+        random: Source of randomness.
+        network: Whose size to match, and what to do with `log_std`.
+        hypernetwork: Settings of the hypernetworks.
+
+    Returns:
+        The generator; the network that it makes parameters for, of matched widths if so asked, is
+        its `mlp`.
+
+    Raises:
+        UsageError: If a method is unknown, or nothing can be matched.
+    """
+    method, own = METHODS[name], _OWN_LOG_STD[network.log_std]
+
+    def size_of(some: Method, sized: MLP) -> int:
+        return some.parameters(sized, agents, hypernetwork, own)
+
+    if network.match is not None:
+        target = size_of(METHODS[network.match], mlp)
+        mlp = matched(mlp, lambda sized: size_of(method, sized), target)
+    return method(mlp, agents, random, hypernetwork, own)

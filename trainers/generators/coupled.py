@@ -40,7 +40,7 @@ class CoupledHyperNetwork(HyperNetwork):
                 "`observation` must be given: this generator makes other parameters for each one. "
                 "Got observation=None."
             )
-        return self.make(torch.cat([observation, self.embedding[agents]], dim=1))
+        return self.make(torch.cat([observation, self.embedding[agents]], dim=1), agents)
 
     def policy_for(self, observation: Float[Tensor, "agent sample obs"]) -> Theta:
         """See `Generator.policy_for`."""
@@ -56,6 +56,10 @@ class CoupledHyperNetwork(HyperNetwork):
         """See `Generator.representation`."""
         rows, what = super().representation()
         return rows, what if self.learned else f"{what}, for an observation of zeros"
+
+    def jacobian(self) -> str:
+        """See `Generator.jacobian`."""
+        return f"another one for every sample, of its observation: {super().jacobian()}"
 
     def coupling_forms(self) -> CouplingForms:
         """There are none: J is another one for every sample.

@@ -12,6 +12,9 @@ from gradlab.engine.per_sample import PerSample
 from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.networks import MLP, Theta
 
+LOG_STD = "log_std"
+"""Name of a Gaussian policy's free vector."""
+
 
 class Generator(nn.Module, ABC):
     """theta_i = h(psi, i): makes the parameters of one network for every agent.
@@ -79,6 +82,14 @@ class Generator(nn.Module, ABC):
             The products by trained parameter.
         """
 
+    @abstractmethod
+    def jacobian(self) -> str:
+        """Say in words what J_i is.
+
+        Returns:
+            A clause without a full stop.
+        """
+
     def policy_for(self, observation: Float[Tensor, "agent sample obs"]) -> Theta:  # noqa: ARG002
         """Make the parameters with which all agents act on what they see.
 
@@ -129,5 +140,5 @@ def initial_theta(mlp: MLP, random: RandomGenerator, *, id_columns: int = 0) -> 
         theta[f"{layer}.weight"] = nn.init.orthogonal_(weight, mlp.gain(layer), generator=random)
         theta[f"{layer}.bias"] = torch.zeros(outputs)
     if mlp.log_std_size:
-        theta["log_std"] = torch.zeros(mlp.log_std_size)
+        theta[LOG_STD] = torch.zeros(mlp.log_std_size)
     return theta

@@ -10,18 +10,32 @@ from torch import Tensor, nn
 
 from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows
 from gradlab.metrics.coupling_forms import CouplingForms
-from trainers.generators.generator import Generator
-from trainers.generators.tangent_kernel import PartKernel, coupling_forms, part_kernel
+from trainers.config import HypernetworkConfig
+from trainers.generators.embeddings import EMBEDDINGS
+from trainers.generators.generator import LOG_STD, Generator
+from trainers.generators.initialisation import (
+    gain_scales,
+    make_trunk,
+    orthogonal_units,
+    plain_units,
+)
+from trainers.generators.tangent_kernel import TrunkKernel, coupling_forms, trunk_kernel
 from trainers.networks import MLP, Theta
 
 
 class HyperNetwork(Generator):
     """theta_i = h(e_i): for each weight and bias of each layer, a trunk and a linear head.
 
-    With no hidden layers the head reads the embedding itself (the linear hypernetwork).
+    All heads may read one trunk instead. With no hidden layers they read the embedding itself (the
+    linear hypernetwork).
 
     Attributes:
-        embedding: Learned embeddings [agent, feature], or the fixed one-hot IDs.
+        embedding: Embeddings [agent, feature], learned or fixed.
+        learned: Whether they are learned.
+        config: Form and initialisation.
+        shapes: Shapes of what the heads make, by policy parameter.
+        observation_size: How much of an observation the trunks read before the embedding.
+        own_log_std: Whether each agent has its own `log_std`.
     """
 
     def __init__(
@@ -29,11 +43,10 @@ class HyperNetwork(Generator):
         mlp: MLP,
         agents: int,
         random: RandomGenerator,
+        config: HypernetworkConfig,
         *,
-        embedding_size: int | None,
-        hidden: tuple[int, ...],
-        scaled_init: bool,
-        bias: bool = True,
+        reset_fan: bool = True,
+        own_log_std: bool = False,
     ) -> None:
         """Draw the initial parameters.
 
@@ -41,21 +54,21 @@ class HyperNetwork(Generator):
             mlp: The network to generate.
             agents: Number of agents.
             random: Source of randomness.
-            embedding_size: Size of a learned embedding; None for fixed one-hot IDs.
-            hidden: Widths of the trunks' ReLU layers.
-            scaled_init: Scale the weight heads to PPO's gains, see `gain_scales`.
-            bias: Give the heads a bias, the part of a policy that all agents share.
+            config: Form and initialisation; `embedding` names one.
+            reset_fan: Start the weight heads so that they make layers of PPO's gains; otherwise
+                as any dense layer, whatever `scaled_init`.
+            own_log_std: Give each agent a `log_std` of its own.
         """
         super().__init__(mlp, agents)
+        self.config = config
+        self.own_log_std = own_log_std
         self.embedding: Tensor
-        if embedding_size is None:
-            self.register_buffer("embedding", torch.eye(agents))
+        table = EMBEDDINGS[config.embedding](agents, config.embedding_size, random)
+        self.learned = config.embedding == "learned"
+        if self.learned:
+            self.embedding = nn.Parameter(table)
         else:
-            table = torch.empty(agents, embedding_size)
-            self.embedding = nn.Parameter(
-                nn.init.orthogonal_(table, math.sqrt(2), generator=random)
-            )
-        self.learned = embedding_size is not None
+            self.register_buffer("embedding", table)
         self.shapes = {
             f"{layer}.{kind}": shape
             for layer, (outputs, inputs) in mlp.layers.items()
@@ -65,46 +78,79 @@ class HyperNetwork(Generator):
         # What the trunks read before the embedding; 0 as far as the initial scale goes.
         self.observation_size = mlp.sizes[0] if self.reads_observation else 0
         nothing = torch.zeros(agents, self.observation_size)
-        inputs = torch.cat([nothing, self.embedding.detach()], dim=1)
+        inputs = torch.cat([nothing, table], dim=1)
+        widths = (inputs.shape[1], *config.hidden)
+        if config.shared_trunk:
+            self.trunk = make_trunk(widths, random)
         for name, shape in self.shapes.items():
-            widths = (inputs.shape[1], *hidden)
-            trunk = _trunk(widths, random)
-            head = nn.Linear(widths[-1], math.prod(shape), bias=bias)
+            trunk = self.trunk if config.shared_trunk else make_trunk(widths, random)
+            head = nn.Linear(widths[-1], math.prod(shape), bias=config.bias)
             with torch.no_grad():
                 head.weight.zero_()
-                if bias:
+                if config.bias:
                     head.bias.zero_()
                 if len(shape) == 2:
                     gain = mlp.gain(name.partition(".")[0])
-                    units = _orthogonal_stack(head.in_features, shape, gain, random)
-                    if scaled_init:
-                        features = trunk(inputs)
-                        units *= gain_scales(features, units, gain)[:, None, None]
+                    if not reset_fan:
+                        units = plain_units(head.in_features, shape, random)
+                    else:
+                        units = orthogonal_units(head.in_features, shape, gain, random)
+                        if config.scaled_init:
+                            units *= gain_scales(trunk(inputs), units, gain)[:, None, None]
                     head.weight.copy_(units.flatten(1).mT)
-            self.parts[name.replace(".", "/")] = nn.ModuleDict({"trunk": trunk, "head": head})
+            own = {} if config.shared_trunk else {"trunk": trunk}
+            self.parts[name.replace(".", "/")] = nn.ModuleDict({**own, "head": head})
         if mlp.log_std_size:
-            self.log_std = nn.Parameter(torch.zeros(mlp.log_std_size))
+            shape = (agents, mlp.log_std_size) if own_log_std else (mlp.log_std_size,)
+            self.log_std = nn.Parameter(torch.zeros(shape))
+
+    @classmethod
+    def count(
+        cls, mlp: MLP, agents: int, config: HypernetworkConfig, own_log_std: bool = False
+    ) -> int:
+        """Number of trained parameters.
+
+        Args:
+            mlp: The network to generate.
+            agents: Number of agents.
+            config: As for the constructor.
+            own_log_std: As for the constructor.
+
+        Returns:
+            Those of embeddings, trunks, heads and log standard deviations.
+        """
+        size = agents if config.embedding == "one-hot" else config.embedding_size
+        reads = size + (mlp.sizes[0] if cls.reads_observation else 0)
+        widths = (reads, *config.hidden)
+        trunk = sum(outputs * (inputs + 1) for inputs, outputs in pairwise(widths))
+        return (
+            (agents * size if config.embedding == "learned" else 0)
+            + trunk * (1 if config.shared_trunk else 2 * len(mlp.layers))
+            + (widths[-1] + config.bias) * mlp.size
+            + mlp.log_std_size * (agents if own_log_std else 1)
+        )
 
     def forward(self, agents: Int[Tensor, " agent"]) -> Theta:
         """See `Generator.forward`."""
-        return self.make(self.embedding[agents])
+        return self.make(self.embedding[agents], agents)
 
-    def make(self, inputs: Float[Tensor, "n input"]) -> Theta:
+    def make(self, inputs: Float[Tensor, "n input"], agents: Int[Tensor, " n"]) -> Theta:
         """Apply the trunks and heads.
 
         Args:
             inputs: What they read.
+            agents: For which agents.
 
         Returns:
             Tensors [n, ...] by name, or [1, ...] where all share the tensor.
         """
         theta: Theta = {}
-        for name, shape in self.shapes.items():
-            part = self.parts[name.replace(".", "/")]
-            assert isinstance(part, nn.ModuleDict)
-            theta[name] = part["head"](part["trunk"](inputs)).view(-1, *shape)
+        for _, trunk, names in self._trunks():
+            features = trunk(inputs)
+            for name in names:
+                theta[name] = self._head(name)(features).view(-1, *self.shapes[name])
         if self.mlp.log_std_size:
-            theta["log_std"] = self.log_std[None]
+            theta[LOG_STD] = self.log_std[agents] if self.own_log_std else self.log_std[None]
         return theta
 
     @torch.no_grad()
@@ -113,35 +159,39 @@ class HyperNetwork(Generator):
         found: dict[str, PerSample] = {}
         embedded = self.embedding[agents]
         of_embedding = torch.zeros_like(embedded)
-        for name in self.shapes:
-            path = name.replace(".", "/")
-            part = self.parts[path]
-            assert isinstance(part, nn.ModuleDict)
-            assert isinstance(part["head"], nn.Linear)
-            read, gradient = self.embedding, z[name].flatten(1)
-            layers = [(f"trunk.{n}", m) for n, m in part["trunk"].named_children()]
-            passed: list[tuple[str, nn.Linear, Tensor]] = []
-            for place, module in (*layers, ("head", part["head"])):
+
+        def linear(place: str, layer: nn.Linear, own: Tensor, gradient: Tensor) -> Tensor:
+            """Note the gradients of a layer that reads `own`; returns those of what it reads."""
+            found[f"{place}.weight"] = Outer(own[None, :, None], gradient[None, :, None])
+            if layer.bias is not None:
+                found[f"{place}.bias"] = Rows(gradient[None])
+            return gradient @ layer.weight
+
+        for path, trunk, names in self._trunks():
+            reads, passed = [self.embedding], []
+            for place, module in trunk.named_children():
                 if isinstance(module, nn.Linear):
-                    passed.append((place, module, read))
-                read = module(read) if module is not part["head"] else read
-            for place, module, inputs in reversed(passed):
-                own = embedded if inputs is self.embedding else inputs[agents]
-                found[f"parts.{path}.{place}.weight"] = Outer(
-                    own[None, :, None], gradient[None, :, None]
-                )
-                if module.bias is not None:
-                    found[f"parts.{path}.{place}.bias"] = Rows(gradient[None])
-                gradient = gradient @ module.weight
-                if module is not passed[0][1]:
-                    gradient *= own > 0  # what a layer reads has passed a ReLU
+                    passed.append((place, module))
+                    reads.append(module(reads[-1]).relu())
+            own = [embedded, *(read[agents] for read in reads[1:])]
+            gradient = torch.zeros_like(own[-1])
+            for name in names:
+                gradient += linear(_of_head(name), self._head(name), own[-1], z[name].flatten(1))
+            for number, (place, module) in reversed([*enumerate(passed)]):
+                gradient = gradient * (own[number + 1] > 0)  # back through the ReLU
+                gradient = linear(f"{path}.{place}", module, own[number], gradient)
             of_embedding += gradient
         if self.learned:
             found["embedding"] = Lookup(
                 agents[None, :, None], of_embedding[None, :, None], self.embedding.shape
             )
         if self.mlp.log_std_size:
-            found["log_std"] = Rows(z["log_std"][None])
+            rows = z[LOG_STD]
+            found[LOG_STD] = (
+                Lookup(agents[None, :, None], rows[None, :, None], self.log_std.shape)
+                if self.own_log_std
+                else Rows(rows[None])
+            )
         return found
 
     def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
@@ -152,84 +202,67 @@ class HyperNetwork(Generator):
         rows = torch.cat(
             [t.detach().flatten(1) for t in theta.values() if len(t) == self.agents], dim=1
         )
-        return rows, "each agent's generated weights (its embedding is a fixed one-hot)"
+        what = f"its embedding is fixed: {self.config.embedding}"
+        return rows, f"each agent's generated weights ({what})"
 
     def coupling_forms(self) -> CouplingForms:
         """See `Generator.coupling_forms`.
 
         Two agents' weights are tied by the head, the same for all of them, and by the trunk. A
-        learned embedding, which is the agent's own, ties each weight to all others of the agent.
+        learned embedding, which is the agent's own, ties each weight to all others of the agent,
+        and so does a trunk that all heads read, between agents as well.
         """
         trained = self.learned and self.embedding.requires_grad
-        kernels: list[PartKernel] = []
-        for name in self.shapes:
-            part = self.parts[name.replace(".", "/")]
-            assert isinstance(part, nn.ModuleDict)
-            trunk, head = part["trunk"], part["head"]
-            assert isinstance(trunk, nn.Sequential)
-            assert isinstance(head, nn.Linear)
-            kernels.append(part_kernel(trunk, head, self.embedding, trained))
+        kernels = [
+            trunk_kernel(trunk, [self._head(name) for name in names], self.embedding, trained)
+            for _, trunk, names in self._trunks()
+        ]
         if self.mlp.log_std_size:
-            kernels.append(PartKernel.shared(self.log_std, self.agents, self.embedding.shape[1]))
-        names = (*self.shapes, *(["log_std"] if self.mlp.log_std_size else []))
+            inputs = self.embedding.shape[1]
+            kernels.append(TrunkKernel.free(self.log_std, self.agents, inputs, self.own_log_std))
+        names = (*self.shapes, *([LOG_STD] if self.mlp.log_std_size else []))
         return coupling_forms(names, kernels)
 
     def layer_of(self, parameter: str) -> str:
-        """See `Generator.layer_of`."""
-        return parameter.removeprefix("parts.").partition("/")[0]
+        """See `Generator.layer_of`; a trunk that all heads read is a layer of its own."""
+        return parameter.removeprefix("parts.").partition("/")[0].partition(".")[0]
+
+    def jacobian(self) -> str:
+        """See `Generator.jacobian`."""
+        kind = "learned" if self.learned else f"fixed {self.config.embedding}"
+        read = f"the agent's {kind} embedding"
+        if not self.config.hidden:
+            parts = [f"each head's weight times {read}"]
+        else:
+            trunks = "one trunk" if self.config.shared_trunk else "a trunk for each weight and bias"
+            parts = [f"by the chain rule through heads and {trunks} of {read}"]
+        if self.config.bias:
+            parts.append("identity for the heads' biases, which all agents share")
+        if self.mlp.log_std_size:
+            parts.append(
+                "selects the agent's own log_std"
+                if self.own_log_std
+                else "identity for the shared log_std"
+            )
+        return "; ".join(parts)
+
+    def _head(self, name: str) -> nn.Linear:
+        head = self.get_submodule(_of_head(name))
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def _trunks(self) -> list[tuple[str, nn.Sequential, tuple[str, ...]]]:
+        """Each trunk's name, the trunk, and the policy parameters whose heads read it."""
+        if self.config.shared_trunk:
+            return [("trunk", self.trunk, tuple(self.shapes))]
+        found = []
+        for name in self.shapes:
+            path = f"parts.{name.replace('.', '/')}.trunk"
+            trunk = self.get_submodule(path)
+            assert isinstance(trunk, nn.Sequential)
+            found.append((path, trunk, (name,)))
+        return found
 
 
-def gain_scales(
-    features: Float[Tensor, "agent feature"],
-    units: Float[Tensor, "feature outputs inputs"],
-    gain: float,
-) -> Float[Tensor, " feature"]:
-    r"""Factors that give every agent's generated weight a wanted gain.
-
-    Agent i's weight is :math:`\sum_f s_f z_{if} U_f`. Its gain is its root mean square singular
-    value, :math:`\|W_i\|_F / \sqrt{\min(in, out)}`. Starting from equal factors, Newton steps of
-    least norm solve :math:`\|W_i\|_F^2 = gain^2 \min(in, out)` for all agents; with more agents
-    than features they find the least-squares compromise.
-
-    Args:
-        features: What the trunk makes of each agent's embedding.
-        units: One matrix for each feature.
-        gain: The wanted gain.
-
-    Returns:
-        The factors.
-    """
-    z = features.double()
-    flat = units.double().flatten(1)
-    gram = (flat @ flat.mT) / (gain**2 * min(units.shape[1:]))
-    forms = z[:, :, None] * gram * z[:, None, :]  # agent i's squared gain is s' forms[i] s
-    ones = torch.ones(z.shape[1], dtype=z.dtype)
-    squared = torch.einsum("f,ifg,g->i", ones, forms, ones)
-    scales = ones / squared.mean().sqrt()
-    for _ in range(8):
-        rows = forms @ scales  # half the Jacobian of the squared gains
-        error = 1 - rows @ scales
-        scales = (
-            scales + torch.linalg.lstsq(2 * rows, error[:, None], driver="gelsd").solution[:, 0]
-        )
-    return scales.to(units.dtype)
-
-
-def _trunk(widths: tuple[int, ...], random: RandomGenerator) -> nn.Sequential:
-    """ReLU layers as flax starts them: LeCun-normal weights, biases 0."""
-    modules: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layer = nn.Linear(inputs, outputs)
-        with torch.no_grad():
-            layer.weight.normal_(0, math.sqrt(1 / inputs), generator=random)
-            layer.bias.zero_()
-        modules += [layer, nn.ReLU()]
-    return nn.Sequential(*modules)
-
-
-def _orthogonal_stack(
-    count: int, shape: tuple[int, ...], gain: float, random: RandomGenerator
-) -> Float[Tensor, "feature outputs inputs"]:
-    return torch.stack([
-        nn.init.orthogonal_(torch.empty(shape), gain, generator=random) for _ in range(count)
-    ])
+def _of_head(name: str) -> str:
+    return f"parts.{name.replace('.', '/')}.head"
