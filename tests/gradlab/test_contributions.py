@@ -11,7 +11,19 @@ from trainers.envs.vector_env import Box
 from trainers.generators import METHODS
 from trainers.policies import make_policy
 
-DEEP = HypernetworkConfig(hidden=(5, 4), bias=False)
+FORMS = {
+    "deep": ("hypermarl", HypernetworkConfig(hidden=(5, 4), bias=False), None),
+    "shared trunk": ("hypermarl", HypernetworkConfig(hidden=(5, 4), shared_trunk=True), True),
+    "linear, shared trunk": (
+        "hypermarl-linear",
+        HypernetworkConfig(embedding="learned", shared_trunk=True),
+        None,
+    ),
+    "orthogonal": ("hypermarl-linear", HypernetworkConfig(embedding="orthogonal"), None),
+    "random": ("hypermarl", HypernetworkConfig(embedding="random", hidden=(5,)), None),
+    "fups, own log_std": ("fups", HypernetworkConfig(), True),
+    "nops, shared log_std": ("nops", HypernetworkConfig(), False),
+}
 
 
 class Plain(nn.Module):
@@ -31,7 +43,8 @@ def generators():
     random = torch.Generator().manual_seed(0)
     box = Box(low=-torch.ones(2), high=torch.ones(2))
     network = make_policy(3, box, hidden=(4,), activation="tanh").network
-    yield "deep", METHODS["hypermarl"](network, AGENTS, random, DEEP).double()
+    for name, (method, config, own_log_std) in FORMS.items():
+        yield name, METHODS[method](network, AGENTS, random, config, own_log_std).double()
 
 
 @pytest.mark.parametrize(("method", "generator"), list(generators()))

@@ -20,7 +20,24 @@ FORMS = {
     "deep, without bias": ("hypermarl", {"bias": False, "hidden": (6,)}),
     "linear, learned": ("hypermarl-linear", {"embedding": "learned", "embedding_size": 2}),
     "linear, without bias": ("hypermarl-linear", {"embedding": "learned", "bias": False}),
+    "shared trunk": ("hypermarl", {"shared_trunk": True, "hidden": (6,)}),
+    "deep shared trunk": ("hypermarl", {"shared_trunk": True, "hidden": (6, 5, 4)}),
+    "shared trunk, one-hot": (
+        "hypermarl",
+        {"shared_trunk": True, "embedding": "one-hot", "hidden": (6, 5), "bias": False},
+    ),
+    "linear, shared trunk": (
+        "hypermarl-linear",
+        {"shared_trunk": True, "embedding": "learned", "embedding_size": 2},
+    ),
+    "linear, orthogonal": ("hypermarl-linear", {"embedding": "orthogonal", "embedding_size": 4}),
+    "random": ("hypermarl", {"embedding": "random", "embedding_size": 2, "hidden": (6,)}),
+    "fups, own log_std": ("fups", {}),
+    "fups-id, own log_std": ("fups-id", {}),
+    "nops, shared log_std": ("nops", {}),
+    "hypermarl, own log_std": ("hypermarl", {"hidden": (6,)}),
 }
+OWN_LOG_STD = {form: "own" in form for form in FORMS if "log_std" in form}
 MEASURES = ("coupling", "coupling_frobenius")
 
 
@@ -30,7 +47,7 @@ def make(form, log_std=2, dtype=torch.float64):
     random = torch.Generator().manual_seed(2)
     mlp = MLP(sizes=(3, 4, 2), activation="tanh", head_gain=1.0, log_std_size=log_std)
     config = HypernetworkConfig.model_validate(settings)
-    generator = METHODS[method](mlp, AGENTS, random, config)
+    generator = METHODS[method](mlp, AGENTS, random, config, OWN_LOG_STD.get(form))
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=random)
@@ -114,8 +131,10 @@ def assert_within_error(found, expected, by="layer"):
     for part, both in expected.items():
         here = found.sel({by: part})
         for measure, values in zip(MEASURES, both, strict=True):
-            difference = np.abs(here[measure] - values)
-            assert (difference <= 4 * here[f"{measure}_error"] + 1e-10).all(), (part, measure)
+            difference = np.abs(here[measure].to_numpy() - values)
+            far = difference > 4 * here[f"{measure}_error"].to_numpy() + 1e-10
+            assert not far.any(), (part, measure)
+            np.testing.assert_array_equal(np.isnan(difference), np.isnan(values))
 
 
 @pytest.mark.parametrize("by", ["layer", "parameter"])
@@ -309,6 +328,8 @@ def test_probes_in_float32():
         ("nops", {}, 0),
         ("hypermarl-linear", {"embedding": "one-hot"}, 0.5),
         ("hypermarl-linear", {"embedding": "one-hot", "bias": False}, 0),
+        ("hypermarl-linear", {"embedding": "orthogonal"}, 0.5),
+        ("hypermarl-linear", {"embedding": "orthogonal", "bias": False}, 0),
     ],
 )
 def test_golden_values(method, settings, expected):
@@ -322,6 +343,20 @@ def test_golden_values(method, settings, expected):
             kappa = found[measure].to_numpy()
             np.testing.assert_allclose(kappa[:, off], expected, atol=1e-6)
             np.testing.assert_allclose(kappa[:, ~off], 1)
+
+
+def test_golden_values_of_ids():
+    mlp = MLP(sizes=(3, 4, 2), activation="tanh", head_gain=1.0, log_std_size=2)
+    for method in ("fups-id", "fups-id-nostate"):
+        generator = METHODS[method](mlp, 4, torch.Generator(), HypernetworkConfig(), True)
+        found = coupling(generator, 4, by="parameter").coupling.sel(agent=0, agent_other=1)
+        values = dict(zip(found["parameter"].values.tolist(), found.values, strict=True))
+        withheld = values.pop("layer0.weight")
+        assert np.isnan(withheld) if "nostate" in method else withheld == 1
+        assert values.pop("layer0.bias") == pytest.approx(0.5)
+        assert values.pop("log_std") == 0
+        values.pop("all")
+        assert set(values.values()) == {1}
 
 
 def test_bad_input_is_named():

@@ -21,9 +21,11 @@ def dense(generator):
         rows = []
         for tensor in theta.values():
             for value in tensor[0].flatten():
-                grads = torch.autograd.grad(
-                    value, list(psi.values()), retain_graph=True, materialize_grads=True
-                )
+                grads = [torch.zeros_like(p) for p in psi.values()]
+                if value.requires_grad:  # a constant is made from nothing that is trained
+                    grads = torch.autograd.grad(
+                        value, list(psi.values()), retain_graph=True, materialize_grads=True
+                    )
                 rows.append(torch.cat([g.flatten() for g in grads]))
         blocks.append(torch.stack(rows))
     return torch.stack(blocks)

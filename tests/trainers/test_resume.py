@@ -23,6 +23,14 @@ CASES = {
     "game": {"method": "fups-id", "env": "specialisation-temporal", "agents": 3},
     "hypermarl": {"method": "hypermarl", "env": "specialisation", "agents": 3},
     "vmas": {"method": "nops", "env": "vmas/navigation", "agents": 2},
+    "parts": {
+        "actor_method": "hypermarl",
+        "critic_method": "fups-id-nostate",
+        "env": "vmas/navigation",
+        "agents": 2,
+        "network": {"match": "hypermarl-linear", "log_std": "agent", "hidden": [8]},
+        "hypernetwork": {"embedding": "random", "shared_trunk": True, "hidden": [8]},
+    },
 }
 SMALL = {"copies": 8, "steps": 8, "frames": 8 * 8 * 6, "every": 2, "effects_every": 2}
 

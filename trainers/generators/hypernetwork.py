@@ -229,15 +229,17 @@ class HyperNetwork(Generator):
 
     def jacobian(self) -> str:
         """See `Generator.jacobian`."""
-        kind = "learned" if self.learned else f"fixed {self.config.embedding}"
-        read = f"the agent's {kind} embedding"
-        if not self.config.hidden:
-            parts = [f"each head's weight times {read}"]
+        config = self.config
+        if not (config.hidden or self.learned):
+            scale = "(e_i . e_k + 1)" if config.bias else "(e_i . e_k)"
+            parts = [f"J_i J_k^T = {scale} I, e the agents' fixed {config.embedding} embeddings"]
         else:
-            trunks = "one trunk" if self.config.shared_trunk else "a trunk for each weight and bias"
-            parts = [f"by the chain rule through heads and {trunks} of {read}"]
-        if self.config.bias:
-            parts.append("identity for the heads' biases, which all agents share")
+            trunks = "one trunk" if config.shared_trunk else "a trunk for each weight and bias"
+            through = f"heads and {trunks}" if config.hidden else "heads"
+            read = "learned" if self.learned else f"fixed {config.embedding}"
+            parts = [f"chain rule through {through}, from the agent's {read} embedding"]
+            if config.bias:
+                parts.append("identity for the heads' biases, which all agents share")
         if self.mlp.log_std_size:
             parts.append(
                 "selects the agent's own log_std"

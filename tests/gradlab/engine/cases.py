@@ -14,7 +14,15 @@ from trainers.policies import make_policy
 from trainers.ppo import policy_gradient_loss, policy_loss, value_loss
 
 AGENTS, SAMPLES, OBSERVATION = 3, 10, 5
-DECOUPLED = ("hypermarl", "hypermarl-linear", "fups", "fups-id", "nops")
+DECOUPLED = (
+    "hypermarl",
+    "hypermarl-no-rf",
+    "hypermarl-linear",
+    "fups",
+    "fups-id",
+    "fups-id-nostate",
+    "nops",
+)
 SURROGATES = (
     "pg-discrete",
     "pg-continuous",
