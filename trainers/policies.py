@@ -12,6 +12,7 @@ from trainers.envs.vector_env import Box, Discrete
 from trainers.networks import MLP, Theta, per_agent
 
 
+@dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
     """A stochastic policy pi(action | observation; theta).
 
@@ -81,7 +82,6 @@ class Policy(ABC):
 class Categorical(Policy):
     """A distribution over numbered actions; the network's outputs are logits."""
 
-    network: MLP
     usual_entropy_coefficient: ClassVar[float] = 0.01
 
     def sample(
@@ -112,7 +112,6 @@ class Gaussian(Policy):
     environment gets is clipped to its box, the log-probability is that of the unclipped action.
     """
 
-    network: MLP
     box: Box
     usual_entropy_coefficient: ClassVar[float] = 0.0
 

@@ -63,13 +63,12 @@ def _describe(settings: Mapping[str, Any]) -> None:
     trainer = Trainer(make_config(settings))
     for network in describe_networks(trainer):
         widths = " -> ".join(map(str, network.widths))
+        print(f"{network.network}: {network.method}, {widths}, {network.activation}")
         shown = Table(
             "layer",
             "form",
             Column("theta of each agent", justify="right"),
             Column("psi of all", justify="right"),
-            title=f"{network.network}: {network.method}, {widths}, {network.activation}",
-            title_justify="left",
         )
         for layer in network.layers:
             shown.add_row(layer.name, layer.form, f"{layer.theta:,}", f"{layer.psi:,}")

@@ -98,8 +98,10 @@ class HyperNetwork(Generator):
                         if config.scaled_init:
                             units *= gain_scales(trunk(inputs), units, gain)[:, None, None]
                     head.weight.copy_(units.flatten(1).mT)
-            own = {} if config.shared_trunk else {"trunk": trunk}
-            self.parts[name.replace(".", "/")] = nn.ModuleDict({**own, "head": head})
+            part = nn.ModuleDict(
+                {"head": head} if config.shared_trunk else {"trunk": trunk, "head": head}
+            )
+            self.parts[name.replace(".", "/")] = part
         if mlp.log_std_size:
             shape = (agents, mlp.log_std_size) if own_log_std else (mlp.log_std_size,)
             self.log_std = nn.Parameter(torch.zeros(shape))
@@ -168,7 +170,8 @@ class HyperNetwork(Generator):
             return gradient @ layer.weight
 
         for path, trunk, names in self._trunks():
-            reads, passed = [self.embedding], []
+            reads = [self.embedding]
+            passed: list[tuple[str, nn.Linear]] = []
             for place, module in trunk.named_children():
                 if isinstance(module, nn.Linear):
                     passed.append((place, module))
