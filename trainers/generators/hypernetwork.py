@@ -260,7 +260,7 @@ class HyperNetwork(Generator):
         """Each trunk's name, the trunk, and the policy parameters whose heads read it."""
         if self.config.shared_trunk:
             return [("trunk", self.trunk, tuple(self.shapes))]
-        found = []
+        found: list[tuple[str, nn.Sequential, tuple[str, ...]]] = []
         for name in self.shapes:
             path = f"parts.{name.replace('.', '/')}.trunk"
             trunk = self.get_submodule(path)

@@ -193,5 +193,4 @@ def _inner_products(
     one: Float[Tensor, "some agent row column"], other: Float[Tensor, "more agent_other row column"]
 ) -> Float[Tensor, "some more agent agent_other"]:
     flat = one.flatten(2).flatten(0, 1) @ other.flatten(2).flatten(0, 1).mT
-    by_head = flat.unflatten(1, other.shape[:2]).unflatten(0, one.shape[:2])
-    return by_head.transpose(1, 2)
+    return flat.view(*one.shape[:2], *other.shape[:2]).transpose(1, 2)
