@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import AGENTS, DECOUPLED, SAMPLES, case
+from cases import AGENTS, DECOUPLED, SAMPLES, case, one_agents
 from torch import nn
 from torch.func import functional_call
 
@@ -29,7 +29,7 @@ def oracle(c, numbers=range(SAMPLES)):
             arguments = (torch.tensor([agent]),)
             if reads:
                 arguments += (sample["observation"][None],)
-            theta = {n: v[0] for n, v in functional_call(c.generator, psi, arguments).items()}
+            theta = one_agents(functional_call(c.generator, psi, arguments))
             loss = c.surrogate(theta, sample)
             products.append(flat(loss, list(psi.values())))
             gradients.append(flat(loss, list(theta.values())))

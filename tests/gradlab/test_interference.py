@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import AGENTS, DECOUPLED, case
+from cases import AGENTS, DECOUPLED, case, one_agents
 from scipy import stats
 from test_estimates import slow_inner_product, slow_variance
 
@@ -34,8 +34,7 @@ def dense(c):
         for t in range(SAMPLES):
             sample = {name: tensor[agent, t] for name, tensor in c.batch.items()}
             arguments = (sample["observation"][None],) if reads else ()
-            theta = c.generator(torch.tensor([agent]), *arguments)
-            theta = {name: tensor[0] for name, tensor in theta.items()}
+            theta = one_agents(c.generator(torch.tensor([agent]), *arguments))
             leaves = {"theta": list(theta.values()), "psi": list(c.generator.parameters())}
             loss = c.surrogate(theta, sample)
             for space, of in leaves.items():

@@ -49,6 +49,14 @@ class Case:
         return {name: t.detach() for name, t in theta.items()}
 
 
+def one_agents(theta):
+    """One agent's parameters, to differentiate by: also those that nothing trained makes."""
+    return {
+        name: tensor[0] if tensor.requires_grad else tensor[0].clone().requires_grad_()
+        for name, tensor in theta.items()
+    }
+
+
 def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
     random = torch.Generator().manual_seed(seed)
     box = Box(low=-torch.ones(2), high=torch.ones(2))
