@@ -23,6 +23,8 @@ WRONG = {
     "too_many": (["runs", "a", "b"], "'b' is one argument too many"),
     "file": (["train", "--config", "none.yaml"], "none.yaml can't be read"),
     "diagnostics": (["train", "--diagnostics", "some"], "Got diagnostics='some'"),
+    "algorithm": (["train", "--algorithm", "mapo"], "Got algorithm='mapo'"),
+    "minibatches": (["train", "--ppo.minibatches", "4096"], "must be at most 2048: a rollout has"),
     "resume": (["train", "--resume"], "Add --out DIR"),
     "resume_nothing": (["train", "--resume", "--out", "x"], "x does not exist"),
     "run": (["conflict", "nowhere"], "nowhere does not exist"),
@@ -104,7 +106,10 @@ def run(tmp_path_factory):
         (["train", "--out", "r"], "add --resume"),
         (["train", "--out", "r", "--resume"], "has all 2,048 frames"),
         (["train", "--out", "r", "--resume", "--method", "fups"], "method='hypermarl', not 'fups'"),
-        (["train", "--out", "r", "--resume", "--ppo.epochs", "5"], "trained with ppo={"),
+        (
+            ["train", "--out", "r", "--resume", "--ppo.epochs", "5"],
+            "trained with ppo.epochs=4, not 5. ",
+        ),
         (["train", "--out", "r", "--resume", "--ppo.epochs", "4"], "has all 2,048 frames"),
     ],
 )

@@ -23,6 +23,16 @@ CASES = {
     "game": {"method": "fups-id", "env": "specialisation-temporal", "agents": 3},
     "hypermarl": {"method": "hypermarl", "env": "specialisation", "agents": 3},
     "vmas": {"method": "nops", "env": "vmas/navigation", "agents": 2},
+    "options": {
+        "method": "hypermarl",
+        "algorithm": "mappo",
+        "env": "vmas/navigation",
+        "env_args": {"max_steps": 12},
+        "agents": 2,
+        "reward": "team",
+        "normalise": {"observations": True, "rewards": True},
+        "ppo": {"anneal_learning_rate": True, "anneal_entropy": True, "target_kl": 0.003},
+    },
 }
 SMALL = {"copies": 8, "steps": 8, "frames": 8 * 8 * 6, "every": 2, "effects_every": 2}
 

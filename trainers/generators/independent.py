@@ -48,19 +48,25 @@ class NoPS(Generator):
             {name.replace("/", "."): own * t.requires_grad for name, t in self.theta.items()},
         )
 
-    def clip_gradients(self, max_norm: float) -> None:
+    def clip_gradients(self, max_norm: float) -> Tensor:
         """Clip each agent's gradient by its own norm, as if it were trained alone.
 
         The loss is a mean over all agents' samples, 1 / agents of an agent's own mean.
 
         Args:
             max_norm: The largest norm left of the gradient of an agent's own mean loss.
+
+        Returns:
+            Each agent's norm before.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norms = self.agents * torch.cat([g.flatten(1) for g in gradients], dim=1).norm(dim=1)
+        norms: Tensor = self.agents * torch.cat([g.flatten(1) for g in gradients], dim=1).norm(
+            dim=1
+        )
         scale = (max_norm / (norms + 1e-6)).clamp(max=1)
         for gradient in gradients:
             gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+        return norms
 
     def layer_of(self, parameter: str) -> str:
         """See `Generator.layer_of`."""
