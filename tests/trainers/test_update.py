@@ -239,3 +239,29 @@ def test_learning_rate_and_entropy_fall_linearly_over_the_run():
     assert seen[:5] == [(0.5, 0.01)] * 5
     expected = [(0.5 * left, 0.01 * left) for left in (1, 0.8, 0.6, 0.4, 0.2)]
     np.testing.assert_allclose(seen[5:], expected, rtol=1e-12)
+
+
+def trained(**settings):
+    small = {"env": "specialisation-temporal", "agents": 3, "copies": 4, "steps": 8, "frames": 96}
+    trainer = Trainer(TrainConfig.model_validate(small | settings))
+    for _ in range(3):
+        trainer._next_update()
+    return torch.cat([p.detach().flatten() for p in trainer.actor.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        ({"ppo": {"target_kl": 1e9}, "normalise": {"clip": 1.0}}, True),
+        ({"ppo": {"target_kl": 1e-9}}, False),
+        ({"ppo": {"anneal_learning_rate": True}}, False),
+        ({"ppo": {"anneal_entropy": True}}, False),
+        ({"normalise": {"observations": True}}, False),
+        ({"normalise": {"rewards": True}}, False),
+        ({"reward": "team"}, False),
+        ({"algorithm": "mappo"}, False),
+    ],
+    ids=str,
+)
+def test_option_changes_the_training_only_if_it_is_on(settings, same):
+    assert torch.equal(trained(), trained(**settings)) == same
