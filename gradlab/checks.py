@@ -11,6 +11,13 @@ class UsageError(ValueError):
     """
 
 
+class TrainingFailed(RuntimeError):
+    """A training that can't go on: its message is one line that says why, and what is saved.
+
+    The command line prints it without a traceback and leaves with status 1.
+    """
+
+
 def check(holds: bool, name: str, rule: str, got: object) -> None:
     """Raise unless an argument obeys its rule.
 

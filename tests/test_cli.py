@@ -37,6 +37,8 @@ WRONG = {
     ),
     "describe": (["train", "--describe", "--method", "nop"], "Did you mean 'nops'?"),
     "describe_run": (["train", "--describe", "--resume", "--out", "x"], "Leave out --resume"),
+    "algorithm": (["train", "--algorithm", "mapo"], "Got algorithm='mapo'"),
+    "minibatches": (["train", "--ppo.minibatches", "4096"], "must be at most 2048: a rollout has"),
     "resume": (["train", "--resume"], "Add --out DIR"),
     "resume_nothing": (["train", "--resume", "--out", "x"], "x does not exist"),
     "run": (["conflict", "nowhere"], "nowhere does not exist"),
@@ -118,7 +120,10 @@ def run(tmp_path_factory):
         (["train", "--out", "r"], "add --resume"),
         (["train", "--out", "r", "--resume"], "has all 2,048 frames"),
         (["train", "--out", "r", "--resume", "--method", "fups"], "method='hypermarl', not 'fups'"),
-        (["train", "--out", "r", "--resume", "--ppo.epochs", "5"], "trained with ppo={"),
+        (
+            ["train", "--out", "r", "--resume", "--ppo.epochs", "5"],
+            "trained with ppo.epochs=4, not 5. ",
+        ),
         (["train", "--out", "r", "--resume", "--ppo.epochs", "4"], "has all 2,048 frames"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every setting of a training run, its default and its meaning, in one place."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -17,9 +18,16 @@ class PPOConfig(_Section):
     """Proximal policy optimisation (Schulman et al., 2017)."""
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="Adam's step size")
+    anneal_learning_rate: bool = Field(
+        False, description="let the step size fall linearly to 0 over the run's updates"
+    )
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="Adam's epsilon")
     epochs: PositiveInt = Field(4, description="passes over each rollout")
-    minibatches: PositiveInt = Field(4, description="parts that a rollout is cut into per pass")
+    minibatches: PositiveInt = Field(
+        4,
+        description="parts that a rollout is cut into per pass, as even as can be (they differ by "
+        "one sample at most); no more than its samples, copies * steps",
+    )
     clip: Annotated[float, Field(gt=0)] = Field(0.2, description="clip range of the policy ratio")
     clip_value: bool = Field(True, description="clip the value loss by the same range")
     discount: Fraction = Field(0.99, description="discount factor gamma")
@@ -28,6 +36,15 @@ class PPOConfig(_Section):
         None,
         description="weight of the entropy bonus; by default 0.01 for numbered actions and 0 for "
         "continuous ones, whose entropy has no upper bound",
+    )
+    anneal_entropy: bool = Field(
+        False,
+        description="let the weight of the entropy bonus fall linearly to 0 over the run's updates",
+    )
+    target_kl: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="end an update after the first pass whose mean approximate KL divergence from "
+        "the policy that collected is above this (nats)",
     )
     value_coefficient: NonNegative = Field(0.5, description="weight of the value loss")
     max_gradient_norm: Annotated[float, Field(gt=0)] = Field(
@@ -76,6 +93,21 @@ class HypernetworkConfig(_Section):
     )
 
 
+class NormaliseConfig(_Section):
+    """Running scales of what the environment gives."""
+
+    observations: bool = Field(
+        False,
+        description="shift and scale observations by their running mean and standard deviation",
+    )
+    rewards: bool = Field(
+        False, description="scale rewards by the running standard deviation of discounted returns"
+    )
+    clip: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="cut what is normalised off at plus and minus this"
+    )
+
+
 class TrainConfig(_Section):
     """One training run."""
 
@@ -86,12 +118,20 @@ class TrainConfig(_Section):
     critic_method: str | None = Field(
         None, description="sharing scheme of the critics (default: --method)"
     )
-    algorithm: Literal["ippo"] = Field("ippo", description="learning algorithm")
+    algorithm: Literal["ippo", "mappo"] = Field(
+        "ippo",
+        description="ippo: critics read their agent's own observation; mappo: that of all agents",
+    )
     env: str = Field("specialisation", description="environment")
     env_args: dict[str, JsonValue] = Field(
         default_factory=dict, description="keyword arguments to the environment"
     )
     agents: int | None = Field(None, description="number of agents (default: the environment's)")
+    reward: Literal["agent", "team"] = Field(
+        "agent",
+        description="what agents learn from. agent: each its own reward; team: all the mean of all "
+        "agents' rewards",
+    )
     frames: PositiveInt = Field(
         150_000, description="environment steps, summed over copies; one frame moves all agents"
     )
@@ -122,6 +162,7 @@ class TrainConfig(_Section):
         "first step on, instead of steps along them",
     )
     ppo: PPOConfig = Field(default_factory=PPOConfig)
+    normalise: NormaliseConfig = Field(default_factory=NormaliseConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
     hypernetwork: HypernetworkConfig = Field(default_factory=HypernetworkConfig)
 
@@ -147,3 +188,35 @@ class TrainConfig(_Section):
     def effects_period(self) -> int:
         """Number of updates from one record of coupling, transference and so on to the next."""
         return self.effects_every or 5 * self.every
+
+
+def differing_settings(
+    recorded: Mapping[str, Any], asked: TrainConfig, *, but: Sequence[str] = ()
+) -> str:
+    """Name the settings in which a training differs from what is asked for.
+
+    Args:
+        recorded: Settings of the training, as JSON holds them; those that are newer than it had
+            their defaults.
+        asked: What is asked for.
+        but: Names of settings that may differ.
+
+    Returns:
+        E.g. "ppo.epochs=4, not 5; seed=0, not 1"; empty if there is no difference.
+    """
+    known = TrainConfig.model_validate(recorded).model_dump(mode="json", exclude=set(but))
+    old, new = _flat(known), _flat(asked.model_dump(mode="json", exclude=set(but)))
+    return "; ".join(
+        f"{name}={old.get(name)!r}, not {new.get(name)!r}"
+        for name in {**new, **old}
+        if old.get(name) != new.get(name)
+    )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inside = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{name}.") if inside else {prefix + name: value}
+    return found

@@ -10,6 +10,7 @@ from gradlab.metrics.diversity import shared_observations
 from gradlab.probe import Level, Network, Probe
 from gradlab.quantity import Quantity
 from trainers.config import TrainConfig
+from trainers.critic_input import CRITIC_INPUTS
 from trainers.generators.generator import Generator
 from trainers.policies import Policy
 from trainers.ppo import normalise
@@ -109,6 +110,9 @@ class Diagnosis:
             }
             for network in self.probe.networks
         }
+        if "critic" in batches:
+            critic_observation = CRITIC_INPUTS[config.algorithm](batches["critic"]["observation"])
+            batches["critic"]["observation"] = critic_observation
         return batches, torch.arange(config.copies).repeat(len(steps))
 
     @torch.no_grad()

@@ -4,33 +4,39 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradlab.checks import TrainingFailed, UsageError
 from gradlab.probe import Network
 from gradlab.quantity import Quantity
 from gradlab.run_writer import RunWriter
-from trainers.checkpoints import Checkpoint, Saver
-from trainers.config import TrainConfig
+from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint
+from trainers.config import TrainConfig, differing_settings
+from trainers.critic_input import CRITIC_INPUTS
 from trainers.diagnosis import Diagnosis
 from trainers.envs import make_env
 from trainers.envs.vector_env import EnvSpec
+from trainers.finite import NotFinite
 from trainers.generators import make_generator
 from trainers.generators.generator import Generator
 from trainers.networks import MLP, Theta
 from trainers.policies import make_policy
-from trainers.ppo import normalise, policy_loss, value_loss
-from trainers.rollout import Collector, Rollout
+from trainers.ppo import policy_loss, value_loss
+from trainers.rollout import Rollout, make_collector
+from trainers.update import Updater, check_minibatches
 
 Progress = Callable[[int, float], None]
 """Called after each update with frames done and the last mean episode return."""
 
 
 class Trainer:
-    """One training run of independent PPO, for every sharing scheme.
+    """One training run of independent or multi-agent PPO, for every sharing scheme.
 
     Attributes:
         config: Its settings.
@@ -53,13 +59,14 @@ class Trainer:
             args=config.env_args,
         )
         self.spec: EnvSpec = env.spec
+        check_minibatches(config.ppo.minibatches, config.copies * config.steps, env.spec.agents)
+        critic_input = CRITIC_INPUTS[config.algorithm]
+        seen = critic_input(torch.empty(env.spec.agents, 1, env.spec.observation_size)).shape[-1]
         hidden, activation = config.network.hidden, config.network.activation
         policy = make_policy(
             env.spec.observation_size, env.spec.action_space, hidden=hidden, activation=activation
         )
-        value = MLP(
-            sizes=(env.spec.observation_size, *hidden, 1), activation=activation, head_gain=1.0
-        )
+        value = MLP(sizes=(seen, *hidden, 1), activation=activation, head_gain=1.0)
         self.actor = self._generator("actor", policy.network)
         self.critic = self._generator("critic", value)
         self.policy = replace(policy, network=self.actor.mlp)
@@ -69,7 +76,7 @@ class Trainer:
             lr=config.ppo.learning_rate,
             eps=config.ppo.adam_epsilon,
         )
-        self.collector = Collector(env)
+        self.collector = make_collector(config, env)
         self.updates_done = 0
         self.last_return = math.nan
         self._saver = Saver()
@@ -82,6 +89,14 @@ class Trainer:
             "critic": Network(generator=self.critic, surrogate=self.value_loss),
         }
         self.diagnosis = Diagnosis(config, networks, self.policy, self.optimiser)
+        self._updater = Updater(
+            config.ppo,
+            (self.actor, self.critic),
+            (self.policy_loss, self.value_loss),
+            critic_input,
+            self.optimiser,
+        )
+        self._entropy_coefficient = self.policy_loss.entropy_coefficient
 
     def _generator(self, network: str, mlp: MLP) -> Generator:
         config = self.config
@@ -116,31 +131,25 @@ class Trainer:
 
         Returns:
             Whether all frames are done. Either way the last update is checkpointed.
+
+        Raises:
+            TrainingFailed: If an observation, value, reward, loss or gradient is not finite. The
+                state before that update is checkpointed.
         """
-        config = self.config
-        for update in range(self.updates_done, config.updates):
+        look = partial(self._diagnose, writer, tell)
+        for update in range(self.updates_done, self.config.updates):
             began = time.perf_counter()
-            rollout = self._collect()
-            quantities = self.diagnosis.of(update, rollout)
-            for finding in self.diagnosis.findings:
-                place = finding.partition(":")[0]
-                if place not in self._told:
-                    self._told.add(place)
-                    tell(f"update {update}: {finding}")
-            if quantities and not self._engines_written:
-                writer.describe(engines=self.diagnosis.probe.engines)
-                self._engines_written = True
-            losses = self._update(rollout.samples)
-            self.updates_done = update + 1
-            if rollout.episode_returns:
-                self.last_return = fmean(rollout.episode_returns)
+            try:
+                rollout, quantities = self._next_update(look)
+            except NotFinite as error:
+                saved = self._save_last_good(writer.path)
+                raise TrainingFailed(f"update {update}: {error}. {saved}") from None
             scalars: dict[str, tuple[float, str]] = {
                 "frames": (self.frames_done, "frames"),
                 "episode_return": (_mean(rollout.episode_returns), "reward"),
                 "episode_length": (_mean(rollout.episode_lengths), "steps"),
                 "reward_per_step": (rollout.reward_per_step, "reward"),
                 "seconds": (time.perf_counter() - began, "s"),
-                **{name: (value, "loss") for name, value in losses.items()},
             }
             quantities |= {
                 name: Quantity.scalar(float(value), unit) for name, (value, unit) in scalars.items()
@@ -151,7 +160,7 @@ class Trainer:
             if stop():
                 break
         self._saver.save(writer.path, self.state, at_once=True)
-        return self.updates_done >= config.updates
+        return self.updates_done >= self.config.updates
 
     def state(self) -> Checkpoint:
         """Copy all that the rest of the training depends on.
@@ -167,6 +176,9 @@ class Trainer:
             "collector.running_length": self.collector.running_length,
             **{f"env{path}": tensor for path, tensor in env_tensors.items()},
         }
+        for kind, normaliser in self.collector.normalisers.items():
+            for name, tensor in normaliser.state().items():
+                tensors[f"normaliser.{kind}.{name}"] = tensor
         for network in ("actor", "critic"):
             for name, tensor in getattr(self, network).state_dict().items():
                 tensors[f"{network}.{name}"] = tensor
@@ -178,6 +190,7 @@ class Trainer:
             values={
                 "env": env_values,
                 "last_return": None if math.isnan(self.last_return) else self.last_return,
+                "config": self.config.model_dump(mode="json"),
             },
         )
 
@@ -186,7 +199,17 @@ class Trainer:
 
         Args:
             checkpoint: What `state` returned, from a trainer of the same settings.
+
+        Raises:
+            UsageError: If its settings are others.
         """
+        kept = checkpoint.values.get("config")  # older checkpoints have none
+        differing = kept and differing_settings(kept, self.config, but=("frames",))
+        if differing:
+            raise UsageError(
+                f"the checkpoint of update {checkpoint.update} is of a training with {differing}. "
+                "Go on with it with the settings that it was made with."
+            )
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {
@@ -207,6 +230,8 @@ class Trainer:
             moments.setdefault(int(number), {})[kind] = tensor
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
         self.collector.env.load_state(under("env"), checkpoint.values["env"])
+        for kind, normaliser in self.collector.normalisers.items():
+            normaliser.load_state(under(f"normaliser.{kind}."))
         for name, tensor in under("collector.").items():
             setattr(self.collector, name, tensor)
 
@@ -222,25 +247,66 @@ class Trainer:
                 self.random,
             )
 
-    def _update(self, samples: dict[str, Tensor]) -> dict[str, float]:
-        ppo = self.config.ppo
-        count = samples["advantage"].shape[1]
-        sums = {"policy_loss": 0.0, "value_loss": 0.0}
-        for _ in range(ppo.epochs):
-            order = torch.randperm(count, generator=self.random)
-            for part in order.tensor_split(ppo.minibatches):
-                batch = {name: tensor[:, part] for name, tensor in samples.items()}
-                batch["advantage"] = normalise(batch["advantage"])
-                policy = self.policy_loss(self.actor.policy_for(batch["observation"]), batch).mean()
-                value = self.value_loss(self.critic.policy_for(batch["observation"]), batch).mean()
-                self.optimiser.zero_grad(set_to_none=True)
-                torch.autograd.backward([policy, value])
-                self.actor.clip_gradients(ppo.max_gradient_norm)
-                self.critic.clip_gradients(ppo.max_gradient_norm)
-                self.optimiser.step()
-                sums["policy_loss"] += policy.item()
-                sums["value_loss"] += value.item()
-        return {name: total / (ppo.epochs * ppo.minibatches) for name, total in sums.items()}
+    def _update(self, samples: dict[str, Tensor]) -> dict[str, Quantity]:
+        return self._updater(samples, self.random)
+
+    def _next_update(
+        self, look: Callable[[Rollout], dict[str, Quantity]] = lambda _: {}
+    ) -> tuple[Rollout, dict[str, Quantity]]:
+        """Collect, look at what was collected, and train on it."""
+        self._anneal()
+        rollout = self._collect()
+        quantities = look(rollout) | self._update(rollout.samples)
+        self.updates_done += 1
+        if rollout.episode_returns:
+            self.last_return = fmean(rollout.episode_returns)
+        return rollout, quantities
+
+    def _anneal(self) -> None:
+        """Let fall what falls over the run: linearly, from all of it to 1 / updates of it."""
+        ppo, left = self.config.ppo, 1 - self.updates_done / self.config.updates
+        if ppo.anneal_learning_rate:
+            for group in self.optimiser.param_groups:
+                group["lr"] = ppo.learning_rate * left
+        if ppo.anneal_entropy:
+            self.policy_loss.entropy_coefficient = self._entropy_coefficient * left
+
+    def _diagnose(
+        self, writer: RunWriter, tell: Callable[[str], None], rollout: Rollout
+    ) -> dict[str, Quantity]:
+        update = self.updates_done
+        quantities = self.diagnosis.of(update, rollout)
+        for finding in self.diagnosis.findings:
+            place = finding.partition(":")[0]
+            if place not in self._told:
+                self._told.add(place)
+                tell(f"update {update}: {finding}")
+        if quantities and not self._engines_written:
+            writer.describe(engines=self.diagnosis.probe.engines)
+            self._engines_written = True
+        return quantities
+
+    def _save_last_good(self, run: Path) -> str:
+        """Save the state before the update in flight; returns a sentence that says what is saved.
+
+        A training goes on from a checkpoint to the bit, so the newest one leads there. To keep
+        that state in memory as well would cost a copy of it in every update.
+        """
+        wanted = self.updates_done
+        checkpoint, _ = newest_checkpoint(run)
+        if checkpoint is None:
+            return "There is no earlier state to go on from."
+        try:
+            self.load_state(checkpoint)
+            while self.updates_done < wanted:
+                self._next_update()
+            self._saver.save(run, self.state, at_once=True)
+        except (NotFinite, UsageError):  # not even the updates that went well can be repeated
+            self.updates_done = checkpoint.update + 1
+        return (
+            f"Saved is the state after update {self.updates_done - 1}; to go on from there: "
+            f"gradlab train --resume --out {run}"
+        )
 
 
 def describe(trainer: Trainer) -> dict[str, Any]:

@@ -12,8 +12,51 @@ from trainers.policies import Policy
 Surrogate = Callable[[Theta, dict[str, Tensor]], Tensor]
 
 
-def policy_loss(policy: Policy, config: PPOConfig) -> Surrogate:
+class PolicyLoss:
     """The clipped policy loss with its entropy bonus (Schulman et al., 2017, eq. 7 and 9).
+
+    Attributes:
+        entropy_coefficient: Weight of the entropy bonus; it may be changed between updates.
+    """
+
+    def __init__(self, policy: Policy, clip: float, entropy_coefficient: float) -> None:
+        self.entropy_coefficient = entropy_coefficient
+        self._policy = policy
+        self._clip = clip
+
+    def __call__(self, theta: Theta, sample: dict[str, Tensor]) -> Tensor:
+        """Each sample's loss.
+
+        Args:
+            theta: Policy parameters.
+            sample: Samples by name: `observation`, `action`, `log_prob`, `advantage`.
+
+        Returns:
+            The losses.
+        """
+        return self.with_log_ratio(theta, sample)[0]
+
+    def with_log_ratio(self, theta: Theta, sample: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Each sample's loss, and how far the policy has moved.
+
+        Args:
+            theta: Policy parameters.
+            sample: Samples by name, as above.
+
+        Returns:
+            The losses, and the logarithms of the actions' probabilities over those with which they
+            were drawn.
+        """
+        log_prob, entropy = self._policy.evaluate(theta, sample["observation"], sample["action"])
+        log_ratio = log_prob - sample["log_prob"]
+        ratio = torch.exp(log_ratio)
+        clipped = ratio.clamp(1 - self._clip, 1 + self._clip)
+        gain = torch.minimum(ratio * sample["advantage"], clipped * sample["advantage"])
+        return -gain - self.entropy_coefficient * entropy, log_ratio
+
+
+def policy_loss(policy: Policy, config: PPOConfig) -> PolicyLoss:
+    """Make the clipped policy loss that is configured.
 
     Args:
         policy: The policy.
@@ -24,16 +67,9 @@ def policy_loss(policy: Policy, config: PPOConfig) -> Surrogate:
         `advantage`) that returns each sample's loss.
     """
     weight = config.entropy_coefficient
-    entropy_weight = policy.usual_entropy_coefficient if weight is None else weight
-
-    def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
-        log_prob, entropy = policy.evaluate(theta, sample["observation"], sample["action"])
-        ratio = torch.exp(log_prob - sample["log_prob"])
-        clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
-        gain = torch.minimum(ratio * sample["advantage"], clipped * sample["advantage"])
-        return -gain - entropy_weight * entropy
-
-    return loss
+    return PolicyLoss(
+        policy, config.clip, policy.usual_entropy_coefficient if weight is None else weight
+    )
 
 
 def policy_gradient_loss(policy: Policy, entropy_coefficient: float = 0.0) -> Surrogate:

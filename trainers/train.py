@@ -8,7 +8,7 @@ from gradlab.checks import UsageError
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter, is_run
 from trainers.checkpoints import newest_checkpoint
-from trainers.config import TrainConfig
+from trainers.config import TrainConfig, differing_settings
 from trainers.loop import Progress, Trainer, describe
 
 
@@ -37,6 +37,8 @@ def train_run(
 
     Raises:
         UsageError: If the folder or a setting can't be used.
+        TrainingFailed: If an observation, reward, loss or gradient is not finite. The last good
+            state is saved.
     """
     if resume and is_run(out):
         check_same_settings(config, out, but=("frames",))
@@ -71,15 +73,10 @@ def check_same_settings(config: TrainConfig, out: Path, *, but: Sequence[str] = 
         if newest_checkpoint(out)[0]:
             raise UsageError(f"{out} has lost its settings (run.json). Choose another --out.")
         return
-    # Settings that are newer than the run had their defaults.
-    recorded = TrainConfig.model_validate(kept).model_dump(mode="json")
-    asked = config.model_dump(mode="json")
-    differing = [name for name in asked if recorded[name] != asked[name] and name not in but]
+    differing = differing_settings(kept, config, but=but)
     if differing:
-        name = differing[0]
         raise UsageError(
-            f"{out} was trained with {name}={recorded[name]!r}, not {asked[name]!r}. "
-            "Choose another --out, or remove that folder."
+            f"{out} was trained with {differing}. Choose another --out, or remove that folder."
         )
 
 

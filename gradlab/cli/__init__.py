@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gradlab.checks import UsageError, unknown_name
+from gradlab.checks import TrainingFailed, UsageError, unknown_name
 from gradlab.cli import show, study, train
 from gradlab.cli.options import add_settings
 
@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
         arguments: What follows the program's name.
 
     Returns:
-        The exit status: 0 done, 2 bad usage, 130 interrupted.
+        The exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted.
     """
     try:
         options, unknown = _parser().parse_known_args(arguments)
@@ -38,6 +38,9 @@ def run(arguments: Sequence[str]) -> int:
     except UsageError as error:
         print(f"gradlab: error: {error}", file=sys.stderr)
         return 2
+    except TrainingFailed as failure:
+        print(f"gradlab: training failed: {failure}", file=sys.stderr)
+        return 1
     except train.Stopped as stopped:
         print(f"gradlab: {stopped}", file=sys.stderr)
         return _INTERRUPTED

@@ -51,7 +51,9 @@ def test_runs_with_other_settings_are_refused_before_any_training(tmp_path):
     for state in ("done", "stopped"):
         file = folder / "run.json"
         file.write_text(json.dumps(json.loads(before) | {"state": state}))
-        with pytest.raises(UsageError, match="was trained with ppo="):
+        with pytest.raises(
+            UsageError, match=r"was trained with ppo\.learning_rate=1e-09, not 0\.0005"
+        ):
             run_study(study, "quick", tmp_path)
         assert open_run(folder).config["ppo"]["learning_rate"] == 1e-9
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]

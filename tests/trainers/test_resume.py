@@ -31,6 +31,16 @@ CASES = {
         "network": {"match": "hypermarl-linear", "log_std": "agent", "hidden": [8]},
         "hypernetwork": {"embedding": "random", "shared_trunk": True, "hidden": [8]},
     },
+    "options": {
+        "method": "hypermarl",
+        "algorithm": "mappo",
+        "env": "vmas/navigation",
+        "env_args": {"max_steps": 12},
+        "agents": 2,
+        "reward": "team",
+        "normalise": {"observations": True, "rewards": True},
+        "ppo": {"anneal_learning_rate": True, "anneal_entropy": True, "target_kl": 0.003},
+    },
 }
 SMALL = {"copies": 8, "steps": 8, "frames": 8 * 8 * 6, "every": 2, "effects_every": 2}
 

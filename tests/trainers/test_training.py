@@ -149,9 +149,12 @@ def test_distribution_is_that_of_the_actions(space):
 def test_diverged_network_is_named_and_the_other_one_measured():
     small = {"env": "vmas/navigation", "copies": 8, "steps": 4, "agents": 2}
     trainer = Trainer(TrainConfig.model_validate(small))
+    rollout = trainer._collect()
     with torch.no_grad():
         next(iter(trainer.critic.parameters())).fill_(torch.nan)
-    found = trainer.diagnosis.of(trainer.config.effects_period, trainer._collect())
+    for name in ("value", "advantage", "target"):  # what comes from the critic
+        rollout.samples[name].fill_(torch.nan)
+    found = trainer.diagnosis.of(trainer.config.effects_period, rollout)
     told = trainer.diagnosis.findings
     assert sum("critic, transference: not measured" in sentence for sentence in told) == 1
     assert np.isnan(found["transference"].values).all()  # advantages come from the critic

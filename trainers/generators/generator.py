@@ -101,13 +101,16 @@ class Generator(nn.Module, ABC):
         """
         return self.all_agents()
 
-    def clip_gradients(self, max_norm: float) -> None:
+    def clip_gradients(self, max_norm: float) -> Tensor:
         """Clip each separately trained part's gradient by its own norm, in place.
 
         Args:
             max_norm: The largest norm left.
+
+        Returns:
+            The norm before: a scalar, or one for each agent if they are trained apart.
         """
-        nn.utils.clip_grad_norm_(self.parameters(), max_norm)
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
     def layer_of(self, parameter: str) -> str:
         """Name the policy layer that a trained parameter belongs to.

@@ -52,7 +52,7 @@ class NoPS(Slices):
         rows = torch.cat([tensor.detach().flatten(1) for tensor in own], dim=1)
         return rows, "each agent's own weights"
 
-    def clip_gradients(self, max_norm: float) -> None:
+    def clip_gradients(self, max_norm: float) -> Tensor:
         """Clip each agent's gradient by its own norm, as if it were trained alone.
 
         The loss is a mean over all agents' samples, 1 / agents of an agent's own mean. A `log_std`
@@ -60,12 +60,18 @@ class NoPS(Slices):
 
         Args:
             max_norm: The largest norm left of the gradient of an agent's own mean loss.
+
+        Returns:
+            Each agent's norm before.
         """
         named = self._by_name()
         shared = [parameter for name, parameter in named.items() if name not in self.own]
         nn.utils.clip_grad_norm_(shared, max_norm)
         gradients = [p.grad for n, p in named.items() if n in self.own and p.grad is not None]
-        norms = self.agents * torch.cat([g.flatten(1) for g in gradients], dim=1).norm(dim=1)
+        norms: Tensor = self.agents * torch.cat([g.flatten(1) for g in gradients], dim=1).norm(
+            dim=1
+        )
         scale = (max_norm / (norms + 1e-6)).clamp(max=1)
         for gradient in gradients:
             gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+        return norms
