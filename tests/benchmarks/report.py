@@ -30,7 +30,8 @@ def table(columns, rows):
 
 def provenance(record):
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"\n{record['machine']['processor']}; {versions}.\n\n"
+    note = f" {record['note']}" if "note" in record else ""
+    return f"\n{record['machine']['processor']}; {versions}.{note}\n\n"
 
 
 def engine():
