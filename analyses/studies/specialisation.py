@@ -15,7 +15,7 @@ METHODS = ("fups", "fups-id", "nops", "hypermarl")
 _LEARNED = 0.97
 _AT_CHANCE = 0.03
 _LAST = 0.1  # share of a training over which its return is averaged
-_FIGURES = {"return": 3, "conflict rate of g": 3, "mean cosine of g": 3, "seconds": 0}
+_FIGURES = {"return": 3, "negative cosines of g": 3, "mean cosine of g": 3, "seconds": 0}
 
 
 def _runs(agents: tuple[int, ...], seeds: int) -> dict[str, Mapping[str, Any]]:
@@ -56,7 +56,7 @@ def _report(runs: Mapping[str, Run]) -> Findings:
             "method": run.method,
             "agents": int(run.info["agents"]),
             "return": final_return(run),
-            "conflict rate of g": _over_training(run, "conflict_rate"),
+            "negative cosines of g": _over_training(run, "negative_rate"),
             "mean cosine of g": _over_training(run, "mean_cosine"),
             "seconds": float(run.quantity("seconds").sum()),
         }
