@@ -18,14 +18,12 @@ from torch import Generator as RandomGenerator
 from torch import Tensor
 
 from gradlab.checks import check
+from gradlab.estimates import FEWEST, LEVEL
 from gradlab.metrics.policy_distance import Distance, distance_between, policies
 from gradlab.metrics.rows import Array
 from gradlab.quantity import Quantity, dataset
 
 Copies = Int[Tensor, " observation"] | Int[np.ndarray, " observation"]
-
-MIN_COPIES = 8  # fewer clusters give intervals that cover too rarely
-_LEVEL = 0.95
 
 
 def diversity(
@@ -128,8 +126,8 @@ def measure_diversity(
     interval = f"95 % interval: delete-one-copy jackknife over {len(labels)} copies, Student t"
     if copy is None:
         interval = "NaN: an interval needs `copy`"
-    elif len(labels) < MIN_COPIES:
-        interval = f"NaN: an interval needs at least {MIN_COPIES} copies, got {len(labels)}"
+    elif len(labels) < FEWEST:
+        interval = f"NaN: an interval needs at least {FEWEST} copies, got {len(labels)}"
     plain = f"{measure.title}, mean over {observations} shared observations"
     of_team = f"mean over pairs of agents of the {plain}"
     interval_of_team = interval
@@ -143,7 +141,7 @@ def measure_diversity(
         *pairs, total = values
         matrix = np.zeros((agents, agents))
         matrix[first, second] = matrix[second, first] = pairs
-        if end and len(labels) < MIN_COPIES:
+        if end and len(labels) < FEWEST:
             np.fill_diagonal(matrix, np.nan)
         found[f"behavioural_distance{end}"] = Quantity(
             values=matrix,
@@ -204,9 +202,9 @@ def _mean_and_interval(
     total = sums.sum(-1)
     mean = total / counts.sum()
     copies = len(counts)
-    if copies < MIN_COPIES:
+    if copies < FEWEST:
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     without = (total[:, None] - sums) / (counts.sum() - counts)
     error = np.sqrt((copies - 1) * without.var(-1))
-    reach = stdtrit(copies - 1, (1 + _LEVEL) / 2) * error  # the quantile of Student's t
+    reach = stdtrit(copies - 1, (1 + LEVEL) / 2) * error  # the quantile of Student's t
     return mean, np.clip(mean - reach, 0.0, None), np.clip(mean + reach, None, most)

@@ -12,7 +12,8 @@ from scipy.stats import t as student
 
 import gradlab
 from gradlab.checks import UsageError
-from gradlab.metrics.diversity import MIN_COPIES, diversity, shared_observations
+from gradlab.estimates import FEWEST
+from gradlab.metrics.diversity import diversity, shared_observations
 
 AGENTS, OBSERVATIONS, ACTIONS = 4, 30, 5
 
@@ -204,7 +205,7 @@ def jackknife(values, labels):
 
 def test_intervals_equal_a_jackknife_in_loops():
     mean, std = gaussian()
-    labels = copies(MIN_COPIES)
+    labels = copies(FEWEST)
     found = diversity(mean=mean, std=std, copy=labels)
     of_pairs = {
         (i, k): [
@@ -221,7 +222,7 @@ def test_intervals_equal_a_jackknife_in_loops():
     low, high = jackknife(np.mean(list(of_pairs.values()), axis=0), labels)
     np.testing.assert_allclose([found.snd_low, found.snd_high], [low, high], atol=1e-10)
     assert low > 0
-    assert f"{MIN_COPIES} copies" in found.snd_low.estimator
+    assert f"{FEWEST} copies" in found.snd_low.estimator
 
 
 def test_intervals_stay_within_the_distance_s_range():
@@ -257,7 +258,7 @@ def test_intervals_cover_the_truth_and_repeated_observations_do_not_narrow_them(
 def test_too_few_copies_give_no_interval_and_say_so():
     p = discrete()
     for found, reason in (
-        (diversity(probabilities=p, copy=copies(MIN_COPIES - 1)), "at least 8 copies, got 7"),
+        (diversity(probabilities=p, copy=copies(FEWEST - 1)), "at least 8 copies, got 7"),
         (diversity(probabilities=p), "`copy`"),
     ):
         for name in ("behavioural_distance", "snd"):
@@ -265,7 +266,7 @@ def test_too_few_copies_give_no_interval_and_say_so():
             for end in ("low", "high"):
                 assert np.isnan(found[f"{name}_{end}"]).all()
                 assert reason in found[f"{name}_{end}"].estimator
-    assert np.isfinite(diversity(probabilities=p, copy=copies(MIN_COPIES)).snd_low)
+    assert np.isfinite(diversity(probabilities=p, copy=copies(FEWEST)).snd_low)
 
 
 def test_one_agent_has_no_diversity_to_measure():
