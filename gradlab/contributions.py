@@ -36,12 +36,13 @@ class PullsBack(Protocol):
         """
 
 
-def policy_parameters(generator: nn.Module, agents: int) -> Theta:
-    """Generate every agent's policy parameters, detached.
+def policy_parameters(generator: nn.Module, agents: int, *, graph: bool = False) -> Theta:
+    """Generate every agent's policy parameters.
 
     Args:
         generator: As for `gradlab.decompose`.
         agents: Number of agents.
+        graph: Whether to keep how they come from the generator's parameters, for autograd.
 
     Returns:
         Tensors by name, [agent, ...], or [1, ...] where the agents share one.
@@ -55,14 +56,14 @@ def policy_parameters(generator: nn.Module, agents: int) -> Theta:
             "J_i, for each sample. Use gradlab.factorise."
         )
     try:
-        with torch.no_grad():
-            theta = generator(agent_numbers(generator, agents))
+        with torch.set_grad_enabled(graph):
+            theta: Theta = generator(agent_numbers(generator, agents))
     except IndexError as error:
         raise UsageError(
             f"`generator` must make parameters for all of the batch's {agents} agents, 0 to "
             f"{agents - 1}. Got for one of them: {error}."
         ) from error
-    return {name: tensor.detach() for name, tensor in theta.items()}
+    return theta if graph else {name: tensor.detach() for name, tensor in theta.items()}
 
 
 def contributions(
@@ -170,9 +171,9 @@ def psi_products(
             room = of_cluster.like.new_empty(agents, number, *of_cluster.shape)
             z[name] = of_cluster.form(clusters, room).transpose(0, 1).flatten(0, 1).to(dtype)
         pulled = contributions(generator, z, agents)
-        vectors = _Vectors(moments.count, z, of_theta, clusters)
-        for name, rows in pulled.items():
-            found[name].append(vectors.products(rows, whole[name], last.get(name)))
+        known = _of_sums(z, of_theta, clusters)
+        for name, products in _products(pulled, whole, last, moments.count, known).items():
+            found[name].append(products)
         last = {
             name: rows.some(slice((number - 1) * agents, number * agents))
             for name, rows in pulled.items()
@@ -189,81 +190,104 @@ def _place(vectors: Tensor) -> _Place:
     return vectors.data_ptr(), vectors.shape, vectors.stride()
 
 
-class _Vectors:
-    """Products of one stretch of clusters; those of vectors that parameters share, once."""
-
-    def __init__(
-        self,
-        count: Int[Tensor, " agent"],
-        z: Theta,
-        of_theta: Mapping[str, Products],
-        clusters: slice,
-    ) -> None:
-        self._count = count
-        self._clusters = clusters.stop - clusters.start
-        first = clusters.start
-        self._known: dict[_Place, tuple[Tensor, Products]] = {}
-        for name, rows in z.items():
-            flat = rows.flatten(1)[None]
-            within, across, following = of_theta[name]
-            products = Products(
-                within[clusters],
-                across[clusters],
-                following[max(0, first - 1) : clusters.stop - 1],
-            )
-            self._known[_place(flat)] = flat, products
-
-    def products(self, rows: PerSample, mean: PerSample, last: PerSample | None) -> Products:
-        """Products of rows [cluster * agent], with the sums over all clusters, and the row before.
-
-        Args:
-            rows: What the agents make of their sums over clusters.
-            mean: What they make of their means.
-            last: What they make of the cluster before.
-
-        Returns:
-            The products in float64.
-        """
-        vectors, of_mean = _vectors_of(rows), _vectors_of(mean)
-        if vectors is None or of_mean is None:
-            return self._of(rows, mean, last)
-        place = _place(vectors.values)
-        if place not in self._known:
-            before = None if last is None else _vectors_of(last)
-            # with the vectors, so that no others come to lie in their place
-            self._known[place] = vectors.values, self._of(vectors, of_mean, before)
-        known, scale = self._known[place][1], _scale_of(mean)
-        return known if scale is None else Products(*(products * scale for products in known))
-
-    def _of(self, rows: PerSample, mean: PerSample, last: PerSample | None) -> Products:
-        by_cluster = rows.regrouped(self._clusters)
-        agents, following = mean.samples, []
-        if last is not None:
-            following.append(last.inner(rows.some(slice(0, agents))))
-        if self._clusters > 1:
-            earlier, later = (
-                rows.some(slice(start, start + (self._clusters - 1) * agents))
-                for start in (0, agents)
-            )
-            following.append(
-                earlier.regrouped(self._clusters - 1).inner(later.regrouped(self._clusters - 1))
-            )
-        within = by_cluster.inner(by_cluster)
-        return Products(
-            within=within.double(),
-            across=by_cluster.inner(mean).double() * self._count,  # from means to sums
-            following=torch.cat(following or [within[:0]]).double(),
+def _of_sums(z: Theta, of_theta: Mapping[str, Products], clusters: slice) -> dict[_Place, Products]:
+    """Products of one stretch of clusters that are known: of the sums themselves."""
+    first = clusters.start
+    return {
+        _place(rows.flatten(1)): Products(
+            of_theta[name].within[clusters],
+            of_theta[name].across[clusters],
+            of_theta[name].following[max(0, first - 1) : clusters.stop - 1],
         )
+        for name, rows in z.items()
+    }
 
 
-def _vectors_of(part: PerSample) -> Rows | None:
+def _products(
+    rows: Mapping[str, PerSample],
+    means: Mapping[str, PerSample],
+    last: Mapping[str, PerSample],
+    count: Int[Tensor, " agent"],
+    known: dict[_Place, Products],
+) -> dict[str, Products]:
+    """Products of rows [cluster * agent] by trained parameter.
+
+    Vectors that parameters share are multiplied once, all of one length in one go.
+
+    Args:
+        rows: What the agents make of their sums over clusters.
+        means: What they make of their means.
+        last: What they make of the cluster before; empty for the first stretch.
+        count: Number of samples of each agent.
+        known: Products of vectors by their place in memory.
+
+    Returns:
+        The products in float64.
+    """
+    agents, found = len(count), {}
+    factored: dict[str, _Place] = {}
+    unknown: dict[int, dict[_Place, tuple[Tensor, ...]]] = {}  # by length
+    for name, of_name in rows.items():
+        vectors, mean = _vectors_of(of_name), _vectors_of(means[name])
+        if vectors is None or mean is None:
+            found[name] = _of_forms(of_name, means[name], last.get(name), count)
+            continue
+        factored[name] = place = _place(vectors)
+        if place not in known:
+            before = _vectors_of(last[name]) if last else None
+            # The vectors themselves are kept as well: no others may come to lie in their place.
+            unknown.setdefault(vectors.shape[1], {})[place] = (
+                vectors,
+                mean,
+                vectors if before is None else torch.cat([before, vectors]),
+            )
+    for of_length in unknown.values():
+        vectors, mean, in_order = map(torch.stack, zip(*of_length.values(), strict=True))
+        by_cluster, chain = (v.unflatten(1, (-1, agents)) for v in (vectors, in_order))
+        within = (by_cluster @ by_cluster.mT).double()
+        across = (by_cluster @ mean[:, None].mT).double() * count  # from means to sums
+        following = (chain[:, :-1] @ chain[:, 1:].mT).double()
+        for number, place in enumerate(of_length):
+            known[place] = Products(within[number], across[number], following[number])
+    for name, place in factored.items():
+        scale = _scale_of(means[name])
+        found[name] = (
+            known[place] if scale is None else Products(*(p * scale for p in known[place]))
+        )
+    return found
+
+
+def _of_forms(
+    rows: PerSample, mean: PerSample, last: PerSample | None, count: Int[Tensor, " agent"]
+) -> Products:
+    """The same of one parameter whose gradients are not a vector times what the agent reads."""
+    agents = len(count)
+    clusters = rows.samples // agents
+    by_cluster, following = rows.regrouped(clusters), []
+    if last is not None:
+        following.append(last.inner(rows.some(slice(0, agents))))
+    if clusters > 1:
+        earlier, later = (
+            rows.some(slice(start, start + (clusters - 1) * agents)).regrouped(clusters - 1)
+            for start in (0, agents)
+        )
+        following.append(earlier.inner(later))
+    within = by_cluster.inner(by_cluster)
+    return Products(
+        within=within.double(),
+        across=by_cluster.inner(mean).double() * count,
+        following=torch.cat(following or [within[:0]]).double(),
+    )
+
+
+def _vectors_of(part: PerSample) -> Float[Tensor, "row size"] | None:
     """What a linear layer's or a table's gradients have at its output; None for other gradients."""
     if isinstance(part, Rows):
-        return Rows(part.values.flatten(2))
+        return part.values[0].flatten(1)
     if isinstance(part, Outer) and part.inputs.shape[2] == 1:
-        return Rows(part.output_gradients[:, :, 0])
+        return part.output_gradients[0, :, 0]
     if isinstance(part, Lookup) and part.index.shape[2] == 1:
-        return Rows(part.output_gradients[:, :, 0].flatten(2))
+        return part.output_gradients[0, :, 0].flatten(1)
     return None
 
 

@@ -30,10 +30,10 @@ from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, batch_axes, in_precision
 from gradlab.engine.per_sample import PerSample, Rows
 from gradlab.engine.plan import Engine
-from gradlab.engine.surrogate import Surrogate, explained
+from gradlab.engine.surrogate import Surrogate, Theta, explained
 from gradlab.estimates import Estimates
 from gradlab.factorisation import factorise, reads_observation
-from gradlab.losses import sample_losses
+from gradlab.losses import losses_under, sample_losses
 from gradlab.parameters import ParameterLayout, owning_module
 
 
@@ -91,9 +91,9 @@ class Decomposition:
         return self.psi_layout.flatten({n: p.sum()[0] for n, p in self.contributions.items()})
 
     @cached_property
-    def estimates(self) -> dict[str, Estimates]:
-        """What the products say of the true gradients; empty if clusters are not told apart."""
-        return {space: Estimates(products) for space, products in self.products.items()}
+    def estimates(self) -> Estimates | None:
+        """What the products say of the true gradients; None if clusters are not told apart."""
+        return Estimates(self.products) if self.products else None
 
     def gram_theta(self) -> dict[str, Float[Tensor, "agent agent_other"]]:
         """Inner products Z_i . Z_k by policy layer, in float64."""
@@ -175,9 +175,13 @@ def decompose(
         settings["engine"] = engine
     last = precise or generator
     first = whole if few == samples and precise is None else _first(whole, few, last)
-    sides = [_take_apart(generator, surrogate, whole, layout, settings)]
+    # Made once for all that needs them: a hypernetwork costs about as much as what it makes.
+    theta = None
+    if not reads_observation(generator):
+        theta = policy_parameters(last, agents, graph=few > 0)
+    sides = [_take_apart(generator, surrogate, whole, theta, layout, settings)]
     if few and first is not whole:
-        sides.append(_take_apart(last, surrogate, first, layout, {}))
+        sides.append(_take_apart(last, surrogate, first, theta, layout, {}))
     if sides[0].pulled is None:
         # One backward pass for both: its cost is that of its many small operations.
         means = [side.moments.layout.unflatten(side.moments.mean) for side in sides]
@@ -188,7 +192,7 @@ def decompose(
             side.pulled = {name: part.some(of_side) for name, part in both.items()}
     residual = float("nan")
     if few:
-        residual = _residual(sides[-1].pulled or {}, last, surrogate, first)
+        residual = _residual(sides[-1].pulled or {}, last, theta, surrogate, first)
     products = sides[0].products
     if copy is not None and not products:
         moments, pulled = sides[0].moments, sides[0].pulled or {}
@@ -224,17 +228,19 @@ def _take_apart(
     generator: nn.Module,
     surrogate: Surrogate,
     part: Part,
+    theta: Theta | None,
     psi_layout: ParameterLayout,
     settings: Mapping[str, Any],
 ) -> _Side:
     what = {"mask": part.mask, "context": part.context, **settings}
-    if reads_observation(generator):
+    if theta is None:
         parts = factorise(generator, surrogate, part.batch, **what)
         of_psi = psi_layout.unflatten(parts.g)
         pulled: dict[str, PerSample] = {name: Rows(g[None]) for name, g in of_psi.items()}
         return _Side(parts.moments, pulled, parts.gap, parts.products)
-    theta = policy_parameters(generator, part.sizes[0])
-    return _Side(gradient_moments(surrogate, theta, part.batch, **what), None, 0.0)
+    dtype = next(generator.parameters()).dtype
+    fixed = in_precision({name: tensor.detach() for name, tensor in theta.items()}, dtype)
+    return _Side(gradient_moments(surrogate, fixed, part.batch, **what), None, 0.0)
 
 
 def _first(part: Part, samples: int, generator: nn.Module) -> Part:
@@ -246,17 +252,21 @@ def _first(part: Part, samples: int, generator: nn.Module) -> Part:
 
 
 def _residual(
-    pulled: Mapping[str, PerSample], generator: nn.Module, surrogate: Surrogate, part: Part
+    pulled: Mapping[str, PerSample],
+    generator: nn.Module,
+    theta: Theta | None,
+    surrogate: Surrogate,
+    part: Part,
 ) -> float:
     """Compare the parts' sum with one ordinary backward pass, nothing taken apart."""
-    psi = {
-        name: p.detach().requires_grad_()
-        for name, p in generator.named_parameters()
-        if p.requires_grad
-    }
+    psi = {name: p for name, p in generator.named_parameters() if p.requires_grad}
     weights = 1 / part.counts().clamp(min=1).to(next(iter(psi.values())).dtype)
     with torch.enable_grad(), explained():
-        losses = sample_losses(generator, psi, surrogate, part)
+        losses = (
+            sample_losses(generator, psi, surrogate, part)
+            if theta is None
+            else losses_under(theta, surrogate, part)
+        )
         total = (losses.sum(1) * weights[:, 0]).sum()
         plain = torch.autograd.grad(total, list(psi.values()), materialize_grads=True)
     differences, sizes = [], []

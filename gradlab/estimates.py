@@ -18,6 +18,7 @@ time (Efron and Stein, 1981). For a U-statistic of n clusters that jackknife est
 noise prevails. Products of neighbouring clusters estimate :math:`\zeta_2`, which mends that.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,7 +54,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class _Covariances:
-    """Covariances of estimates of inner products, [layer, agent, agent] each.
+    """Covariances of estimates of inner products, [row, agent, agent] each.
 
     Attributes:
         pair: Variance of D_ik.
@@ -73,7 +74,7 @@ class _Covariances:
 
     @classmethod
     def of(cls, deviations: Array, scale: Array) -> "_Covariances":
-        """Sums of products of deviations [layer, cluster, agent, agent], times a scale."""
+        """Sums of products of deviations [row, cluster, agent, agent], times a scale."""
         diagonal = np.diagonal(deviations, axis1=-2, axis2=-1)
         own = np.einsum("leik,lei->lik", deviations, diagonal) * scale
         both = np.einsum("lei,lek->lik", diagonal, diagonal) * scale
@@ -98,22 +99,36 @@ class _Covariances:
 
 
 class Estimates:
-    """Everything that one space's cluster products say about the agents' true gradients.
+    """Everything that cluster products say about the agents' true gradients.
 
-    The leading axis of every array is `layers` with the whole network first.
+    The leading axis of every array, `row` below, runs over spaces, and in each over its layers with
+    the whole network first: the same few operations serve them all.
 
     Attributes:
+        rows: Which rows of an array are a space's.
         clusters: In how many clusters agent i, or agent k, has samples, [agent, agent].
     """
 
     @np.errstate(invalid="ignore")  # gradients that are not finite
-    def __init__(self, products: ClusterProducts) -> None:
-        def with_whole(by_layer: Array) -> Array:
-            return np.concatenate([by_layer.sum(0, keepdims=True), by_layer])
+    def __init__(self, of_spaces: Mapping[str, ClusterProducts]) -> None:
+        """Estimate nothing yet.
 
-        self._count = count = products.count.astype(np.float64)
-        self._within, self._across, self._following = (
-            with_whole(p) for p in (products.within, products.across, products.following)
+        Args:
+            of_spaces: Products by space, all from the same samples.
+        """
+        self.rows: dict[str, slice] = {}
+        start = 0
+        for space, products in of_spaces.items():
+            self.rows[space] = slice(start, start + 1 + len(products.layers))
+            start = self.rows[space].stop
+
+        def with_whole(kind: str) -> Array:
+            parts = [getattr(products, kind) for products in of_spaces.values()]
+            return np.concatenate([p for own in parts for p in (own.sum(0, keepdims=True), own)])
+
+        self._count = count = next(iter(of_spaces.values())).count.astype(np.float64)
+        self._within, self._across, self._following = map(
+            with_whole, ("within", "across", "following")
         )
         self._total = self._across.sum(1)
         self._products = self._total - self._within.sum(1)
@@ -130,7 +145,7 @@ class Estimates:
 
     @cached_property
     def inner_product(self) -> Array:
-        """D_ik, [layer, agent, agent]; NaN where no two clusters hold samples of both."""
+        """D_ik, [row, agent, agent]; NaN where no two clusters hold samples of both."""
         return _ratio(self._products, self._pairs)
 
     @cached_property
@@ -194,7 +209,7 @@ class Estimates:
 
     @cached_property
     def p_value(self) -> Array:
-        """Two-sided p-value of D_ik = 0, [layer, agent, agent]; 1 where it is 0 by structure."""
+        """Two-sided p-value of D_ik = 0, [row, agent, agent]; 1 where it is 0 by structure."""
         with np.errstate(invalid="ignore", divide="ignore"):
             t = np.abs(self.inner_product) / self.inner_product_error
             p = 2 * special.stdtr(self.clusters - 1, -t)
@@ -203,9 +218,9 @@ class Estimates:
 
     @cached_property
     def verdict(self) -> Array:
-        """CONFLICT, UNDECIDED or ALIGNED for each pair, [layer, agent, agent]; NaN if unknown.
+        """CONFLICT, UNDECIDED or ALIGNED for each pair, [row, agent, agent]; NaN if unknown.
 
-        Decided at a false discovery rate of 5 % over the pairs of a layer (Benjamini and Hochberg,
+        Decided at a false discovery rate of 5 % over the pairs of a row (Benjamini and Hochberg,
         1995).
         """
         verdict = np.full_like(self.p_value, np.nan)
@@ -217,18 +232,16 @@ class Estimates:
             adjusted = stats.false_discovery_control(p, axis=1, method="bh")
             found = np.where(adjusted <= 1 - LEVEL, sign, UNDECIDED)
         else:  # scipy takes no NaN
-            for layer in np.flatnonzero(known.any(1)):
-                of_layer = known[layer]
-                adjusted = stats.false_discovery_control(p[layer, of_layer], method="bh")
-                found[layer, of_layer] = np.where(
-                    adjusted <= 1 - LEVEL, sign[layer, of_layer], UNDECIDED
-                )
+            for row in np.flatnonzero(known.any(1)):
+                of_row = known[row]
+                adjusted = stats.false_discovery_control(p[row, of_row], method="bh")
+                found[row, of_row] = np.where(adjusted <= 1 - LEVEL, sign[row, of_row], UNDECIDED)
         verdict[:, rows, columns] = verdict[:, columns, rows] = found
         return verdict
 
     @cached_property
     def noise(self) -> Array:
-        """Trace of the covariance of each agent's mean gradient, [layer, agent].
+        """Trace of the covariance of each agent's mean gradient, [row, agent].
 
         From the spread of the clusters, which holds whatever samples of one cluster share.
         """
@@ -242,12 +255,12 @@ class Estimates:
 
     @property
     def signal(self) -> Array:
-        """D_ii, the squared length of each agent's true gradient, [layer, agent]."""
+        """D_ii, the squared length of each agent's true gradient, [row, agent]."""
         return np.diagonal(self.inner_product, axis1=-2, axis2=-1)
 
     @property
     def known(self) -> NDArray[np.bool_]:
-        """Whether D_ii is two standard errors (or, without any, at all) above 0, [layer, agent]."""
+        """Whether D_ii is two standard errors (or, without any, at all) above 0, [row, agent]."""
         error = np.diagonal(self.inner_product_error, axis1=-2, axis2=-1)
         found: NDArray[np.bool_] = np.where(
             np.isnan(error), self.signal > 0, self.signal > 2 * error
@@ -255,7 +268,7 @@ class Estimates:
         return found
 
     def clusters_to_resolve(self, cosine: float, power: float = 0.8) -> Array:
-        """How many clusters would tell a cosine from 0, [layer, agent, agent].
+        """How many clusters would tell a cosine from 0, [row, agent, agent].
 
         Args:
             cosine: The true cosine.

@@ -32,26 +32,46 @@ def sample_losses(
     """
     agents, samples = part.sizes
     numbers = torch.arange(agents, device=next(iter(psi.values())).device)
-    per_sample = reads_observation(generator)
+    if not reads_observation(generator):
+        with explained():
+            theta = functional_call(generator, dict(psi), (numbers,))
+        return losses_under(theta, surrogate, part)
+    with explained():
+        observation = part.batch[OBSERVATION].flatten(0, 1)
+        repeated = numbers.repeat_interleave(samples)
+        theta = functional_call(generator, dict(psi), (repeated, observation))
+    theta = {
+        name: tensor.expand(agents * samples, *tensor.shape[1:]).unflatten(0, (agents, samples))
+        for name, tensor in theta.items()
+    }
+    return losses_under(theta, surrogate, part, per_sample=True)
+
+
+def losses_under(
+    theta: Mapping[str, Tensor], surrogate: Surrogate, part: Part, *, per_sample: bool = False
+) -> Float[Tensor, "agent sample"]:
+    """Every sample's loss under given policy parameters.
+
+    Args:
+        theta: Policy parameters by name, [agent, ...], or [1, ...] where the agents share one.
+        surrogate: As for `gradlab.decompose`.
+        part: The samples.
+        per_sample: Whether each sample has parameters of its own, [agent, sample, ...].
+
+    Returns:
+        The losses, with a graph as far as `theta` has one; 0 for a sample that does not exist.
+
+    Raises:
+        UsageError: If the surrogate cannot be called per sample.
+    """
+    agents, _ = part.sizes
 
     def loss(theta: Theta, sample: dict[str, Tensor], context: dict[str, Tensor]) -> Tensor:
         return checked_loss(surrogate, theta, {**sample, **context}, Rewrites())
 
+    each = {name: tensor.expand(agents, *tensor.shape[1:]) for name, tensor in theta.items()}
     with explained():
-        if per_sample:
-            observation = part.batch[OBSERVATION].flatten(0, 1)
-            repeated = numbers.repeat_interleave(samples)
-            theta = functional_call(generator, dict(psi), (repeated, observation))
-            theta = {
-                name: tensor.expand(agents * samples, *tensor.shape[1:]).unflatten(
-                    0, (agents, samples)
-                )
-                for name, tensor in theta.items()
-            }
-        else:
-            theta = functional_call(generator, dict(psi), (numbers,))
-            theta = {n: tensor.expand(agents, *tensor.shape[1:]) for n, tensor in theta.items()}
         losses = vmap(vmap(loss, in_dims=(0 if per_sample else None, 0, None)))(
-            theta, dict(part.batch), dict(part.context)
+            each, dict(part.batch), dict(part.context)
         )
     return masked(losses, part.mask)

@@ -94,6 +94,7 @@ def join(found: Mapping[str, Mapping[str, Quantity]], axis: str, union: str) -> 
     """
     everything = [q for quantities in found.values() for q in quantities.values()]
     labels = list(dict.fromkeys(label for q in everything for label in q.coords.get(union, ())))
+    position = {label: number for number, label in enumerate(labels)}
     joined: dict[str, Quantity] = {}
     for name in dict.fromkeys(name for quantities in found.values() for name in quantities):
         first = next(quantities[name] for quantities in found.values() if name in quantities)
@@ -101,14 +102,13 @@ def join(found: Mapping[str, Mapping[str, Quantity]], axis: str, union: str) -> 
         values = np.full((len(found), *(len(c) for c in coords.values())), np.nan)
         for number, quantities in enumerate(found.values()):
             if name in quantities:
-                place: list[Sequence[int]] = [
-                    [labels.index(label) for label in quantities[name].coords[dim]]
-                    if dim == union
-                    else range(len(coords[dim]))
+                own = quantities[name].coords
+                # At most one axis is indexed by a list, so that each number keeps its place.
+                place = tuple(
+                    [position[label] for label in own[dim]] if dim == union else slice(None)
                     for dim in first.dims
-                ]
-                row = values[number : number + 1]
-                row[np.ix_(range(1), *place)] = quantities[name].values
+                )
+                values[number : number + 1][(slice(None), *place)] = quantities[name].values
         joined[name] = Quantity(
             values=values,
             dims=(axis, *first.dims),

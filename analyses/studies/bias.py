@@ -90,7 +90,7 @@ def measure(cosine: float, copies: int, draws: int) -> dict[str, float]:
         gram = total @ total.T
         length = np.sqrt(np.diagonal(gram))
         naive = (gram / np.outer(length, length))[_PAIRS]
-        estimates = Estimates(products(sums, each))
+        estimates = Estimates({"theta": products(sums, each)})
         interval, of_cosine = estimates.inner_product_interval, estimates.cosine_interval
         inside, inside_cosine = (
             ((i.low[0] <= cosine) & (cosine <= i.high[0]))[_PAIRS] for i in (interval, of_cosine)

@@ -5,8 +5,9 @@ same change of a policy, and **psi**, where :math:`g_i \cdot g_k = Z_i^\top J_i 
 how much of it the sharing scheme lets through to the trained parameters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from gradlab.checks import UsageError
 from gradlab.cluster_products import ClusterProducts
 from gradlab.decomposition import Decomposition
 from gradlab.engine.per_sample import PerSample, Rows
-from gradlab.estimates import ALIGNED, CONFLICT, FEWEST, Estimates
+from gradlab.estimates import ALIGNED, CONFLICT, FEWEST
 from gradlab.metrics.spaces import SPACES, SpaceLabels, ratio, with_whole
 from gradlab.metrics.summary import interference_attributes
 from gradlab.parameters import WHOLE
@@ -138,36 +139,31 @@ def _debiased(label: SpaceLabels, d: Decomposition) -> dict[str, Quantity]:
     """What there is to say where environment copies are told apart."""
     shape = (len(SPACES), len(label.layers))
     how = "share of agent pairs with that verdict"
-    if not d.products:
+    e = d.estimates
+    if e is None:
         nothing = label.quantity(np.full(shape, np.nan), "1", "needs environment copies")
         return {"conflict_rate": nothing, "aligned_rate": nothing}
-    products, of = d.products, {space: d.estimates[space] for space in SPACES}
-    present = products["theta"].count.sum(1) > 0
-    clusters = min(of["theta"].clusters[np.ix_(present, present)].flatten().tolist(), default=0)
+    present = d.products["theta"].count.sum(1) > 0
+    clusters = min(e.clusters[np.ix_(present, present)].flatten().tolist(), default=0)
     leave_out = f"U-statistic without products within a cluster, {clusters} clusters"
     interval = (
         f"95 % interval, jackknife over {clusters} clusters, Fieller"
         if clusters >= FEWEST
         else f"no interval from {clusters} clusters, {FEWEST} are needed"
     )
-
-    def placed(of_space: Callable[[Estimates], NDArray[np.float64]]) -> NDArray[np.float64]:
-        return label.placed({s: with_whole(products[s].layers, of_space(e)) for s, e in of.items()})
-
-    def diversity(e: Estimates) -> NDArray[np.float64]:
-        whole = total_product(e.inner_product, present)
-        return ratio(e.signal[..., present].sum(-1), whole)
-
-    verdicts = placed(lambda e: e.verdict)
+    placed = partial(label.of_estimates, e.rows)
+    whole = total_product(e.inner_product, present)
+    diversity = ratio(e.signal[..., present].sum(-1), whole)
+    verdicts = placed(e.verdict)
     quantity = label.quantity
     return {
-        "inner_product_debiased": quantity(placed(lambda e: e.inner_product), "loss^2", leave_out),
+        "inner_product_debiased": quantity(placed(e.inner_product), "loss^2", leave_out),
         "inner_product_error": quantity(
-            placed(lambda e: e.inner_product_error), "loss^2", "standard error, jackknife"
+            placed(e.inner_product_error), "loss^2", "standard error, jackknife"
         ),
-        "cosine_debiased": quantity(placed(lambda e: e.cosine_interval.value), "1", leave_out),
-        "cosine_low": quantity(placed(lambda e: e.cosine_interval.low), "1", interval),
-        "cosine_high": quantity(placed(lambda e: e.cosine_interval.high), "1", interval),
+        "cosine_debiased": quantity(placed(e.cosine_interval.value), "1", leave_out),
+        "cosine_low": quantity(placed(e.cosine_interval.low), "1", interval),
+        "cosine_high": quantity(placed(e.cosine_interval.high), "1", interval),
         "verdict": quantity(
             verdicts, "1", "-1 conflict, 0 undecided, 1 aligned; false discovery rate 5 %"
         ),

@@ -21,10 +21,12 @@ class SpaceLabels:
     Attributes:
         layers: The whole network, and every layer of either space.
         agents: Number of agents.
+        columns: Where the whole network and each layer of a space stand in `layers`, by space.
     """
 
     layers: tuple[str, ...]
     agents: int
+    columns: Mapping[str, list[int]]
 
     @classmethod
     def of(cls, decomposition: Decomposition) -> "SpaceLabels":
@@ -37,8 +39,13 @@ class SpaceLabels:
             The labels.
         """
         d = decomposition
-        of_spaces = dict.fromkeys((*d.theta_layout.layers, *d.psi_layout.layers))
-        return cls((WHOLE, *of_spaces), d.agents)
+        of_spaces = {"psi": d.psi_layout.layers, "theta": d.theta_layout.layers}
+        layers = tuple(dict.fromkeys((WHOLE, *of_spaces["theta"], *of_spaces["psi"])))
+        columns = {
+            space: [layers.index(layer) for layer in (WHOLE, *own)]
+            for space, own in of_spaces.items()
+        }
+        return cls(layers, d.agents, columns)
 
     def placed(
         self, of_spaces: Mapping[str, Mapping[str, NDArray[np.float64]]]
@@ -58,19 +65,35 @@ class SpaceLabels:
                 found[SPACES.index(space), self.layers.index(layer)] = values
         return found
 
-    def of_layers(self, layers: Sequence[str], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def of_estimates(
+        self, rows: Mapping[str, slice], values: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Put what `gradlab.estimates` says in its place.
+
+        Args:
+            rows: Which rows are a space's.
+            values: Numbers over (row, ...).
+
+        Returns:
+            One array with two leading axes, NaN for a layer that a space lacks.
+        """
+        found = np.full((len(SPACES), len(self.layers), *values.shape[1:]), np.nan)
+        for number, space in enumerate(SPACES):
+            found[number, self.columns[space]] = values[rows[space]]
+        return found
+
+    def of_layers(self, space: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Put an array of one space in its place among the layers of both.
 
         Args:
-            layers: The space's layers.
+            space: The space.
             values: Numbers over (layer, ...), those of the whole network first.
 
         Returns:
             The numbers, NaN for a layer that the space lacks.
         """
         found = np.full((len(self.layers), *values.shape[1:]), np.nan)
-        for layer, row in with_whole(layers, values).items():
-            found[self.layers.index(layer)] = row
+        found[self.columns[space]] = values
         return found
 
     def quantity(

@@ -1,6 +1,6 @@
 r"""Where the spread of per-sample gradients comes from, and what it does to their means."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradlab.checks import check
 from gradlab.decomposition import Decomposition
 from gradlab.engine.moments import Moments
-from gradlab.metrics.spaces import SPACES, SpaceLabels, ratio, with_whole
+from gradlab.metrics.spaces import SpaceLabels, ratio
 from gradlab.metrics.summary import variance_attributes
 from gradlab.quantity import Quantity, dataset
 
@@ -113,12 +113,12 @@ def measure_variance(
     between = torch.stack([
         (mean - mean.mean(0)).square().sum(1).mean() for mean in (m[present] for m in means)
     ])
-    label, theta = SpaceLabels.of(d), d.theta_layout.layers
+    label = SpaceLabels.of(d)
 
     def quantity(by_layer: torch.Tensor) -> Quantity:
         values = torch.cat([by_layer.sum(0, keepdim=True), by_layer]).cpu().numpy()
         how = "trace of the covariance of single samples, theta"
-        return label.quantity(label.of_layers(theta, values), "loss^2", how, spaces=False)
+        return label.quantity(label.of_layers("theta", values), "loss^2", how, spaces=False)
 
     found = {
         "variance_agent": quantity(within.mT),
@@ -131,7 +131,7 @@ def measure_variance(
     )
     if d.moments.square is not None:
         found["gsnr"] = label.quantity(
-            label.of_layers(theta, _gsnr(d.moments)),
+            label.of_layers("theta", _gsnr(d.moments)),
             "1",
             "mean over coordinates, noise of the mean taken off",
             spaces=False,
@@ -178,22 +178,22 @@ def _of_means(
 ) -> dict[str, Quantity]:
     """What the spread of the copies says; nothing where they are not told apart."""
     d = decomposition
-    if not d.products:
+    estimates = d.estimates
+    if estimates is None:
         return {}
-    label = SpaceLabels.of(d)
-    of = d.estimates
+    label, rows = SpaceLabels.of(d), estimates.rows
     clusters = d.moments.copy_count.shape[1] if d.moments.copy_count is not None else 0
     per_cluster = d.copies / clusters
-
-    def placed(by_space: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-        return label.placed({s: with_whole(d.products[s].layers, by_space[s]) for s in SPACES})
-
-    noise, signal = (
-        placed({s: getattr(of[s], name) for s in SPACES}) for name in ("noise", "signal")
+    noise, signal, known, resolve = (
+        label.of_estimates(rows, values)
+        for values in (
+            estimates.noise,
+            estimates.signal,
+            estimates.known.astype(float),
+            estimates.clusters_to_resolve(cosine) * per_cluster,
+        )
     )
-    known = placed({s: of[s].known.astype(float) for s in SPACES})
     normalised = ratio(noise, np.where(known == 1, signal, 0.0))
-    resolve = placed({s: of[s].clusters_to_resolve(cosine) for s in SPACES}) * per_cluster
     spread = f"spread of {clusters} clusters"
     unknown = "NaN unless the length is two standard errors above 0"
     found = {
@@ -208,12 +208,12 @@ def _of_means(
         ),
     }
     independent = ratio(of_sample, d.moments.count.cpu().numpy() - 1.0)
-    theta = label.of_layers(d.theta_layout.layers, of["theta"].noise)
+    theta = label.of_layers("theta", estimates.noise[rows["theta"]])
     found["design_effect"] = label.quantity(
         ratio(theta, independent), "1", f"{spread}, over samples'", spaces=False
     )
-    if "jacobian" in of:
-        jacobian = label.of_layers(d.psi_layout.layers, of["jacobian"].noise)
+    if "jacobian" in rows:
+        jacobian = label.of_layers("psi", estimates.noise[rows["jacobian"]])
         found["variance_jacobian"] = label.quantity(
             jacobian, "loss^2", f"{spread}, of J^T Z with fixed Z", spaces=False
         )

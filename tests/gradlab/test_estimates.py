@@ -8,6 +8,10 @@ from synthetic import draw, fast_products, mean_gradients, products_of
 from gradlab.estimates import ALIGNED, CONFLICT, UNDECIDED, Estimates
 
 
+def estimates_of(products):
+    return Estimates({"theta": products})
+
+
 def slow_inner_product(sums, count, i, k, without=()):
     products, pairs = 0.0, 0
     clusters = [e for e in range(sums.shape[1]) if e not in without]
@@ -43,7 +47,7 @@ def unequal():
 
 def test_estimates_equal_loops(unequal):
     sums, count = unequal
-    found = Estimates(products_of(sums, count))
+    found = estimates_of(products_of(sums, count))
     quantile = stats.t.ppf(0.975, 10)
     interval = found.inner_product_interval
     for i in range(3):
@@ -60,7 +64,7 @@ def test_estimates_equal_loops(unequal):
 
 def test_noise_is_the_clusters_spread(unequal):
     sums, count = unequal
-    found = Estimates(products_of(sums, count)).noise[0]
+    found = estimates_of(products_of(sums, count)).noise[0]
     for i in range(3):
         mean = sums[i].sum(0) / count[i].sum()
         residuals = sums[i] - count[i][:, None] * mean
@@ -71,7 +75,7 @@ def test_noise_is_the_clusters_spread(unequal):
 def test_equal_clusters_give_the_two_size_noise_scale():
     """McCandlish et al. (2018), appendix A.1, with one cluster as the small batch."""
     sums = draw(np.random.default_rng(0), mean_gradients(2, 0.2, 8), 16, 1.0)
-    found = Estimates(products_of(sums))
+    found = estimates_of(products_of(sums))
     small = (sums**2).sum(2).mean(1)
     big = (sums.mean(1) ** 2).sum(1)
     signal = (16 * big - small) / 15
@@ -87,7 +91,7 @@ def test_agents_of_one_copy_share_noise_and_the_plug_in_cosine_has_the_wrong_sig
         sums = draw(random, means, 32, 0.02, shared=0.3)
         a, b = sums.mean(1)
         plug_in.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-        debiased.append(Estimates(fast_products(sums)).inner_product[0, 0, 1])
+        debiased.append(estimates_of(fast_products(sums)).inner_product[0, 0, 1])
     assert np.mean(plug_in) > 0.03
     error = np.std(debiased) / 200**0.5
     assert np.mean(debiased) == pytest.approx(-0.3, abs=3 * error)
@@ -96,12 +100,12 @@ def test_agents_of_one_copy_share_noise_and_the_plug_in_cosine_has_the_wrong_sig
 
 def test_a_cosines_interval_holds_the_values_that_are_not_refuted():
     sums = draw(np.random.default_rng(1), mean_gradients(3, -0.4, 20), 24, 1.0)
-    found = Estimates(products_of(sums)).cosine_interval
+    found = estimates_of(products_of(sums)).cosine_interval
     i, k = 0, 2
     three = (i, i, k), (k, i, k)
-    whole = Estimates(products_of(sums)).inner_product[0][three]
+    whole = estimates_of(products_of(sums)).inner_product[0][three]
     left_out = np.array([
-        Estimates(products_of(np.delete(sums, e, 1))).inner_product[0][three] for e in range(24)
+        estimates_of(products_of(np.delete(sums, e, 1))).inner_product[0][three] for e in range(24)
     ])
     chain = (sums[:, None, :-1] * sums[None, :, 1:]).sum(3)
     kernel = ((chain + chain.swapaxes(0, 1)) / 2)[three].T
@@ -138,7 +142,7 @@ def test_lengths_that_fluctuate_apart_do_not_make_a_cosine_too_large():
     random, means = np.random.default_rng(0), mean_gradients(2, 0.9, 3)
     values, naive = [], []
     for _ in range(800):
-        found = Estimates(fast_products(draw(random, means, 64, 0.3)))
+        found = estimates_of(fast_products(draw(random, means, 64, 0.3)))
         values.append(found.cosine_interval.value[0, 0, 1])
         naive.append(found.inner_product[0, 0, 1] / np.prod(found.signal[0]) ** 0.5)
     error = np.std(naive) / len(naive) ** 0.5
@@ -152,7 +156,7 @@ def test_identical_opposite_and_orthogonal_agents():
     mean[0] = 1.0
     other = np.roll(mean, 1)
     sums = np.stack([mean, mean, -mean, other])[:, None] + noise
-    found = Estimates(products_of(sums))
+    found = estimates_of(products_of(sums))
     verdict, cosine = found.verdict[0], found.cosine_interval
     assert verdict[0, 1] == ALIGNED
     assert verdict[0, 2] == verdict[1, 2] == CONFLICT
@@ -167,7 +171,7 @@ def test_identical_opposite_and_orthogonal_agents():
 def test_separate_parameters_are_undecided_by_structure():
     sums = draw(np.random.default_rng(0), np.eye(2), 16, 5.0)
     sums *= np.eye(2)[:, None]  # each agent has a coordinate of its own
-    found = Estimates(products_of(sums))
+    found = estimates_of(products_of(sums))
     assert found.inner_product[0, 0, 1] == 0
     assert found.p_value[0, 0, 1] == 1
     assert found.verdict[0, 0, 1] == UNDECIDED
@@ -176,7 +180,7 @@ def test_separate_parameters_are_undecided_by_structure():
 def test_a_zero_gradient_has_no_cosine():
     sums = draw(np.random.default_rng(0), mean_gradients(2, 0.5, 4), 16, 5.0)
     sums[1] = 0
-    found = Estimates(products_of(sums))
+    found = estimates_of(products_of(sums))
     assert np.isnan(found.cosine_interval.value[0, 0, 1])
     assert found.cosine_interval.low[0, 0, 1] == -found.cosine_interval.high[0, 0, 1] == -1
     assert found.verdict[0, 0, 1] == UNDECIDED
@@ -185,7 +189,7 @@ def test_a_zero_gradient_has_no_cosine():
 @pytest.mark.parametrize("clusters", [1, 2, 7])
 def test_too_few_clusters_have_no_interval(clusters):
     sums = draw(np.random.default_rng(0), mean_gradients(3, 0.5, 4), clusters, 5.0)
-    found = Estimates(products_of(sums))
+    found = estimates_of(products_of(sums))
     for values in (found.inner_product_error, found.verdict, found.cosine_interval.low):
         assert np.isnan(values[0, 0, 1])
     assert np.isnan(found.inner_product[0, 0, 1]) == (clusters == 1)
@@ -196,8 +200,8 @@ def test_an_absent_agent_is_unknown_and_the_others_as_without_it():
     sums = draw(random, mean_gradients(3, -0.5, 4), 16, 5.0)
     count = np.ones((3, 16), int)
     sums[1], count[1] = 0, 0
-    found = Estimates(products_of(sums, count))
-    alone = Estimates(products_of(sums[[0, 2]], count[[0, 2]]))
+    found = estimates_of(products_of(sums, count))
+    alone = estimates_of(products_of(sums[[0, 2]], count[[0, 2]]))
     for name in ("inner_product", "inner_product_error", "verdict"):
         ours, theirs = getattr(found, name), getattr(alone, name)
         assert np.isnan(ours[0, 0, 1])
@@ -208,8 +212,8 @@ def test_an_agent_in_half_of_the_clusters_is_judged_on_those():
     sums = draw(np.random.default_rng(0), mean_gradients(2, -0.8, 4), 32, 5.0)
     count = np.ones((2, 32), int)
     sums[:, 16:], count[:, 16:] = 0, 0
-    found = Estimates(products_of(sums, count))
-    half = Estimates(products_of(sums[:, :16]))
+    found = estimates_of(products_of(sums, count))
+    half = estimates_of(products_of(sums[:, :16]))
     assert found.inner_product[0, 0, 1] == pytest.approx(half.inner_product[0, 0, 1], rel=1e-12)
     assert found.clusters[0, 1] == 16
     errors = found.inner_product_error[0, 0, 1], half.inner_product_error[0, 0, 1]
@@ -218,11 +222,11 @@ def test_an_agent_in_half_of_the_clusters_is_judged_on_those():
 
 def test_copies_needed_are_those_at_which_a_pair_is_told_apart():
     random, means = np.random.default_rng(0), mean_gradients(2, -0.2, 100)
-    many = Estimates(fast_products(draw(random, means, 4000, 0.1)))
+    many = estimates_of(fast_products(draw(random, means, 4000, 0.1)))
     needed = round(float(many.clusters_to_resolve(0.2)[0, 0, 1]))
     assert 16 < needed < 400
     told = [
-        Estimates(fast_products(draw(random, means, needed, 0.1))).verdict[0, 0, 1] == CONFLICT
+        estimates_of(fast_products(draw(random, means, needed, 0.1))).verdict[0, 0, 1] == CONFLICT
         for _ in range(400)
     ]
     assert 0.7 < np.mean(told) < 0.9
@@ -252,7 +256,7 @@ def test_intervals_cover(clusters, snr, cosine, shared, params, spectrum, agents
     hits = {"inner product": [], "squared norm": [], "cosine": []}
     values = {"inner product": [], "squared norm": []}
     for _ in range(replications):
-        found = Estimates(fast_products(draw(random, means, clusters, snr, shared, spectrum)))
+        found = estimates_of(fast_products(draw(random, means, clusters, snr, shared, spectrum)))
         interval = found.inner_product_interval
         inside = (interval.low[0] <= true) & (true <= interval.high[0])
         hits["inner product"].append(inside[pairs].mean())
@@ -278,7 +282,7 @@ def test_pure_noise_is_rarely_called_conflict(clusters, params):
     pairs = np.triu_indices(6, 1)
     called, naive, any_call = [], [], []
     for _ in range(1000):
-        found = Estimates(fast_products(draw(random, np.zeros((6, params)), clusters, 1.0)))
+        found = estimates_of(fast_products(draw(random, np.zeros((6, params)), clusters, 1.0)))
         verdict = found.verdict[0][pairs]
         called.append((verdict == CONFLICT).mean())
         any_call.append((verdict != UNDECIDED).any())

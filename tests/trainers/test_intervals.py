@@ -90,15 +90,18 @@ def covered(rollouts):
             length = np.sqrt(np.diagonal(true, axis1=1, axis2=2))  # NaN where noise left none
             true_cosine = true / (length[:, :, None] * length[:, None, :])
         for d in rollouts:
-            estimates = d.estimates[space]
+            estimates, rows = d.estimates, d.estimates.rows[space]
             product, cosine = estimates.inner_product_interval, estimates.cosine_interval
-            for row, layer in enumerate(("all", *d.products[space].layers)):
-                low, high, value = product.low[row], product.high[row], true[row]
+            layers = ("all", *d.products[space].layers)
+            for row, layer, of_layer in zip(
+                range(rows.start, rows.stop), layers, true, strict=True
+            ):
+                low, high, value = product.low[row], product.high[row], of_layer
                 inside = (low <= value) & (value <= high)
                 if estimates.inner_product_error[row][PAIRS].any():  # not 0 by structure
                     cases["inner product", space, layer] += inside[PAIRS].tolist()
                 cases["squared norm", space, layer] += np.diagonal(inside).tolist()
-                low, high, value = cosine.low[row], cosine.high[row], true_cosine[row]
+                low, high, value = cosine.low[row], cosine.high[row], true_cosine[row - rows.start]
                 inside = (low <= value) & (value <= high)
                 known = np.isfinite(cosine.value[row]) & np.isfinite(value)
                 known[np.tril_indices(AGENTS)] = False
