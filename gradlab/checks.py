@@ -11,7 +11,14 @@ class UsageError(ValueError):
     """
 
 
-class TrainingFailed(RuntimeError):
+class Failed(RuntimeError):
+    """What was asked for rightly can't be done: its message is one line that says why.
+
+    The command line prints it without a traceback and leaves with status 1.
+    """
+
+
+class TrainingFailed(Failed):
     """A training that can't go on: its message is one line that says why, and what is saved.
 
     The command line prints it without a traceback and leaves with status 1.

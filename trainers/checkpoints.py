@@ -35,6 +35,21 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     values: dict[str, Any]
 
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """Look up the tensors of one part.
+
+        Args:
+            prefix: What their names begin with.
+
+        Returns:
+            Those tensors by the rest of their names.
+        """
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix)
+        }
+
 
 def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, then delete all but the last two.
@@ -111,6 +126,29 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
             return found, problems
         problems.append(f"checkpoint {stem} is damaged ({found}): passed over")
     return None, problems
+
+
+def checkpoint_of(run: Path, update: int) -> Checkpoint:
+    """Read the checkpoint of one update.
+
+    Args:
+        run: The run folder.
+        update: The last update that it has done.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UsageError: If it is not there, damaged, or was written by a newer gradlab.
+    """
+    stems = {int(stem.name): stem for stem in _stems(run)}
+    if update not in stems:
+        kept = ", ".join(map(str, stems)) or "none"
+        raise UsageError(f"{run} keeps no checkpoint of update {update}. Those it keeps: {kept}.")
+    found = _read_if_whole(stems[update])
+    if isinstance(found, Checkpoint):
+        return found
+    raise UsageError(f"checkpoint {stems[update]} is damaged ({found}). Choose another update.")
 
 
 def _read_if_whole(stem: Path) -> Checkpoint | str:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -108,6 +109,21 @@ class NormaliseConfig(_Section):
     )
 
 
+class EvaluationConfig(_Section):
+    """Whole episodes in an environment of their own, beside the training."""
+
+    every: Annotated[int, Field(ge=0)] = Field(
+        0, description="evaluate after every this many updates, and after the last; 0: never"
+    )
+    episodes: PositiveInt = Field(32, description="whole episodes of an evaluation")
+    deterministic: bool = Field(
+        True, description="act by each policy's likeliest action (argmax, mean); false: draw it"
+    )
+    seed: Seed | None = Field(
+        None, description="seed of the evaluations' environments and actions (default: --seed)"
+    )
+
+
 class TrainConfig(_Section):
     """One training run."""
 
@@ -137,7 +153,7 @@ class TrainConfig(_Section):
     )
     copies: PositiveInt = Field(64, description="environment copies stepped at once")
     steps: PositiveInt = Field(32, description="steps of every copy in one rollout")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of everything random")
+    seed: Seed = Field(0, description="seed of everything random")
     threads: PositiveInt = Field(1, description="torch threads; more is often slower here")
     diagnostics: Literal["off", "light", "full"] = Field(
         "full",
@@ -162,6 +178,7 @@ class TrainConfig(_Section):
         "first step on, instead of steps along them",
     )
     ppo: PPOConfig = Field(default_factory=PPOConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     normalise: NormaliseConfig = Field(default_factory=NormaliseConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
     hypernetwork: HypernetworkConfig = Field(default_factory=HypernetworkConfig)
@@ -183,6 +200,11 @@ class TrainConfig(_Section):
     def updates(self) -> int:
         """Number of updates: rollouts needed for the frames, rounded up."""
         return -(-self.frames // (self.copies * self.steps))
+
+    @property
+    def evaluation_seed(self) -> int:
+        """Seed of the evaluations."""
+        return self.seed if self.evaluation.seed is None else self.evaluation.seed
 
     @property
     def effects_period(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,16 +17,18 @@ from gradlab.checks import TrainingFailed, UsageError
 from gradlab.probe import Network
 from gradlab.quantity import Quantity
 from gradlab.run_writer import RunWriter
+from trainers.acting import fixed_parameters
 from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint
 from trainers.config import TrainConfig, differing_settings
 from trainers.critic_input import CRITIC_INPUTS
 from trainers.diagnosis import Diagnosis
 from trainers.envs import make_env
-from trainers.envs.vector_env import EnvSpec
+from trainers.envs.vector_env import EnvSpec, VectorEnv
+from trainers.episodes import Episodes, Watch, play_episodes
 from trainers.finite import NotFinite
 from trainers.generators import make_generator
 from trainers.generators.generator import Generator
-from trainers.networks import MLP, Theta
+from trainers.networks import MLP
 from trainers.policies import make_policy
 from trainers.ppo import policy_loss, value_loss
 from trainers.rollout import Rollout, make_collector
@@ -51,13 +54,7 @@ class Trainer:
         torch.set_num_threads(config.threads)
         self.config = config
         self.random = torch.Generator().manual_seed(config.seed)
-        env = make_env(
-            config.env,
-            copies=config.copies,
-            agents=config.agents,
-            seed=config.seed,
-            args=config.env_args,
-        )
+        env = self._make_env(config.copies, config.seed)
         self.spec: EnvSpec = env.spec
         check_minibatches(config.ppo.minibatches, config.copies * config.steps, env.spec.agents)
         critic_input = CRITIC_INPUTS[config.algorithm]
@@ -97,6 +94,17 @@ class Trainer:
             self.optimiser,
         )
         self._entropy_coefficient = self.policy_loss.entropy_coefficient
+
+    def _make_env(self, copies: int, seed: int, *, info: bool = False) -> VectorEnv:
+        config = self.config
+        return make_env(
+            config.env,
+            copies=copies,
+            agents=config.agents,
+            seed=seed,
+            args=config.env_args,
+            info=info,
+        )
 
     def _generator(self, network: str, mlp: MLP) -> Generator:
         config = self.config
@@ -141,6 +149,9 @@ class Trainer:
             began = time.perf_counter()
             try:
                 rollout, quantities = self._next_update(look)
+                seconds = time.perf_counter() - began
+                if self._evaluation_is_due():
+                    quantities |= self.evaluate().quantities()
             except NotFinite as error:
                 saved = self._save_last_good(writer.path)
                 raise TrainingFailed(f"update {update}: {error}. {saved}") from None
@@ -149,7 +160,7 @@ class Trainer:
                 "episode_return": (_mean(rollout.episode_returns), "reward"),
                 "episode_length": (_mean(rollout.episode_lengths), "steps"),
                 "reward_per_step": (rollout.reward_per_step, "reward"),
-                "seconds": (time.perf_counter() - began, "s"),
+                "seconds": (seconds, "s"),
             }
             quantities |= {
                 name: Quantity.scalar(float(value), unit) for name, (value, unit) in scalars.items()
@@ -161,6 +172,45 @@ class Trainer:
                 break
         self._saver.save(writer.path, self.state, at_once=True)
         return self.updates_done >= self.config.updates
+
+    def evaluate(
+        self,
+        *,
+        episodes: int | None = None,
+        deterministic: bool | None = None,
+        seed: int | None = None,
+        watch: Watch = lambda _: None,
+    ) -> Episodes:
+        """Play whole episodes with the policies as they stand, in an environment made for it.
+
+        Nothing that the training depends on changes. The environment's and the actions' randomness
+        follows from the seed and the number of updates done: other episodes at every evaluation,
+        the same ones whenever it is repeated.
+
+        Args:
+            episodes: How many; by default as configured, as is what follows.
+            deterministic: Act by the policies' modes instead of drawing actions.
+            seed: Seed of the episodes.
+            watch: Shown the first episode.
+
+        Returns:
+            What the episodes brought.
+
+        Raises:
+            NotFinite: If an observation or a reward is not finite.
+        """
+        asked = self.config.evaluation
+        deterministic = asked.deterministic if deterministic is None else deterministic
+        seed = self.config.evaluation_seed if seed is None else seed
+        of_env, of_actions = np.random.SeedSequence((seed, self.updates_done)).generate_state(2)
+        return play_episodes(
+            self._make_env(episodes or asked.episodes, int(of_env), info=True),
+            self.policy,
+            fixed_parameters(self.actor),
+            scaled=self.collector.scaled,
+            random=None if deterministic else torch.Generator().manual_seed(int(of_actions)),
+            watch=watch,
+        )
 
     def state(self) -> Checkpoint:
         """Copy all that the rest of the training depends on.
@@ -203,6 +253,28 @@ class Trainer:
         Raises:
             UsageError: If its settings are others.
         """
+        self.load_networks(checkpoint)
+        last = checkpoint.values["last_return"]
+        self.last_return = math.nan if last is None else last
+        self.random.set_state(checkpoint.tensors["random"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in checkpoint.under("adam.").items():
+            number, _, kind = name.partition(".")
+            moments.setdefault(int(number), {})[kind] = tensor
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
+        self.collector.env.load_state(checkpoint.under("env"), checkpoint.values["env"])
+        for name, tensor in checkpoint.under("collector.").items():
+            setattr(self.collector, name, tensor)
+
+    def load_networks(self, checkpoint: Checkpoint) -> None:
+        """Take over what agents act with, and the number of updates done; not to train on.
+
+        Args:
+            checkpoint: What `state` returned, from a trainer of the same settings.
+
+        Raises:
+            UsageError: If its settings are others.
+        """
         kept = checkpoint.values.get("config")  # older checkpoints have none
         differing = kept and differing_settings(kept, self.config, but=("frames",))
         if differing:
@@ -210,30 +282,15 @@ class Trainer:
                 f"the checkpoint of update {checkpoint.update} is of a training with {differing}. "
                 "Go on with it with the settings that it was made with."
             )
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {
-                name.removeprefix(prefix): tensor
-                for name, tensor in checkpoint.tensors.items()
-                if name.startswith(prefix)
-            }
-
         self.updates_done = checkpoint.update + 1
-        last = checkpoint.values["last_return"]
-        self.last_return = math.nan if last is None else last
-        self.random.set_state(checkpoint.tensors["random"])
-        self.actor.load_state_dict(under("actor."))
-        self.critic.load_state_dict(under("critic."))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in under("adam.").items():
-            number, _, kind = name.partition(".")
-            moments.setdefault(int(number), {})[kind] = tensor
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
-        self.collector.env.load_state(under("env"), checkpoint.values["env"])
+        self.actor.load_state_dict(checkpoint.under("actor."))
+        self.critic.load_state_dict(checkpoint.under("critic."))
         for kind, normaliser in self.collector.normalisers.items():
-            normaliser.load_state(under(f"normaliser.{kind}."))
-        for name, tensor in under("collector.").items():
-            setattr(self.collector, name, tensor)
+            normaliser.load_state(checkpoint.under(f"normaliser.{kind}."))
+
+    def _evaluation_is_due(self) -> bool:
+        every, done = self.config.evaluation.every, self.updates_done
+        return every > 0 and (done % every == 0 or done >= self.config.updates)
 
     def _collect(self) -> Rollout:
         with torch.no_grad():
@@ -330,21 +387,6 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "updates": config.updates,
         "config": config.model_dump(mode="json"),
     }
-
-
-def fixed_parameters(generator: Generator) -> Callable[[Tensor], Theta]:
-    """What agents act with while nothing is trained, generated as seldom as can be.
-
-    Args:
-        generator: Makes their parameters.
-
-    Returns:
-        A function of observations [agent, sample, obs].
-    """
-    if generator.reads_observation:
-        return generator.policy_for
-    theta = generator.all_agents()
-    return lambda _: theta
 
 
 def _mean(values: list[float] | list[int]) -> float:

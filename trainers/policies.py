@@ -40,6 +40,18 @@ class Policy(ABC):
         """
 
     @abstractmethod
+    def mode(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the likeliest actions: the largest logit, or the mean.
+
+        Args:
+            theta: Policy parameters with an agent axis.
+            observation: Observations [agent, sample, obs].
+
+        Returns:
+            Actions, of equal logits the first, and their log-probabilities [agent, sample].
+        """
+
+    @abstractmethod
     def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of given actions, and the entropy.
 
@@ -93,6 +105,11 @@ class Categorical(Policy):
         action = flat.view(log_p.shape[:-1])
         return action, log_p.gather(-1, action[..., None]).squeeze(-1)
 
+    def mode(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the likeliest actions; see `Policy.mode`."""
+        log_prob, action = self.network.forward(theta, observation).log_softmax(-1).max(-1)
+        return action, log_prob
+
     def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy; see `Policy.evaluate`."""
         log_p = self.network.forward(theta, observation).log_softmax(-1)
@@ -123,6 +140,11 @@ class Gaussian(Policy):
         log_std = per_agent(theta["log_std"], mean)
         noise = torch.randn(mean.shape, generator=generator)
         return mean + log_std.exp() * noise, _log_density(noise, log_std)
+
+    def mode(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the means; see `Policy.mode`."""
+        mean = self.network.forward(theta, observation)
+        return mean, _log_density(torch.zeros_like(mean), per_agent(theta["log_std"], mean))
 
     def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy; see `Policy.evaluate`."""

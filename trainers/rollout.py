@@ -8,6 +8,7 @@ import torch
 from torch import Generator as RandomGenerator
 from torch import Tensor
 
+from trainers.acting import act
 from trainers.config import PPOConfig, TrainConfig
 from trainers.critic_input import CRITIC_INPUTS, CriticInput, own_observation
 from trainers.envs.vector_env import VectorEnv
@@ -126,13 +127,13 @@ class Collector:
 
         value = value_of(self.observation)
         for _ in range(steps):
-            action, log_prob = policy.sample(theta(self.observation), self.observation, random)
+            action, log_prob = act(policy, theta, self.observation, random)
             step = self.env.step(policy.to_env(action))
             observation = self._read(step.observation)
             next_value = following = value_of(observation)
             if step.truncated.any():
                 next_value = torch.where(
-                    step.truncated, value_of(self._scaled(step.final_observation)), following
+                    step.truncated, value_of(self.scaled(step.final_observation)), following
                 )
             ended = step.terminated | step.truncated
             row = {
@@ -183,9 +184,17 @@ class Collector:
             # What is not finite would spread to all agents through the moments.
             check_finite("observation", observation, ("agent", "copy"))
             self._observations.learn(observation)
-        return self._scaled(observation)
+        return self.scaled(observation)
 
-    def _scaled(self, observation: Tensor) -> Tensor:
+    def scaled(self, observation: Tensor) -> Tensor:
+        """Scale an observation as the normaliser stands, which learns nothing from it.
+
+        Args:
+            observation: What the environment gave [agent, copy, obs].
+
+        Returns:
+            What the networks read.
+        """
         return observation if self._observations is None else self._observations(observation)
 
     def _paid(self, reward: Tensor, ended: Tensor) -> Tensor:

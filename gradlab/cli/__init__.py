@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gradlab.checks import TrainingFailed, UsageError, unknown_name
-from gradlab.cli import show, study, train
+from gradlab.checks import Failed, TrainingFailed, UsageError, unknown_name
+from gradlab.cli import evaluate, show, study, train
 from gradlab.cli.options import add_settings
 
 _INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -40,6 +40,9 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except TrainingFailed as failure:
         print(f"gradlab: training failed: {failure}", file=sys.stderr)
+        return 1
+    except Failed as failure:
+        print(f"gradlab: {failure}", file=sys.stderr)
         return 1
     except train.Stopped as stopped:
         print(f"gradlab: {stopped}", file=sys.stderr)
@@ -82,6 +85,31 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("demo", help="three methods on the Specialisation game, compared")
     add.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     add.set_defaults(command=train.demo, parser=add)
+
+    add = commands.add_parser("evaluate", help="play whole episodes with a run's policies")
+    add.add_argument("run", type=Path, metavar="RUN")
+    add.add_argument(
+        "--episodes", type=int, metavar="N", help="whole episodes (default: the run's setting)"
+    )
+    add.add_argument(
+        "--deterministic",
+        choices=["true", "false"],
+        help="act by the likeliest action, or draw it (default: the run's setting)",
+    )
+    add.add_argument(
+        "--seed", type=int, metavar="S", help="seed of the episodes (default: the run's setting)"
+    )
+    add.add_argument(
+        "--update",
+        type=evaluate.update_number,
+        metavar="U",
+        help="the update whose checkpoint to take, or last (default)",
+    )
+    add.add_argument(
+        "--animate", type=Path, metavar="FILE", help="draw the first episode: FILE.gif or FILE.mp4"
+    )
+    add.add_argument("--format", choices=["table", "json"], default="table")
+    add.set_defaults(command=evaluate.evaluate, parser=add)
 
     add = commands.add_parser("conflict", help="show which agents' gradients conflict")
     add.add_argument("runs", nargs="+", type=Path, metavar="RUN")

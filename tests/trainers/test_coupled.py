@@ -5,11 +5,12 @@ import torch
 
 from gradlab.checks import UsageError
 from gradlab.run import open_run
+from trainers.acting import fixed_parameters
 from trainers.checkpoints import newest_checkpoint
 from trainers.config import HypernetworkConfig, TrainConfig
 from trainers.envs.vector_env import Box, Discrete
 from trainers.generators import METHODS
-from trainers.loop import Trainer, fixed_parameters
+from trainers.loop import Trainer
 from trainers.policies import make_policy
 from trainers.train import train_run
 

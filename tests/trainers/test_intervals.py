@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from gradlab.decomposition import decompose
+from trainers.acting import fixed_parameters
 from trainers.config import TrainConfig
 from trainers.envs import make_env
-from trainers.loop import Trainer, fixed_parameters
+from trainers.loop import Trainer
 from trainers.ppo import normalise
 from trainers.rollout import Collector
 

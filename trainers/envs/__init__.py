@@ -17,6 +17,7 @@ def make_env(
     agents: int | None = None,
     seed: int = 0,
     args: Mapping[str, object] | None = None,
+    info: bool = False,
 ) -> VectorEnv:
     """Make an environment by its registered name.
 
@@ -26,6 +27,7 @@ def make_env(
         agents: Number of agents; None for the environment's own default.
         seed: Seed of all its randomness.
         args: Keyword arguments to the environment.
+        info: Whether steps bring what the environment measures itself.
 
     Returns:
         The environment, to be reset before its first step.
@@ -40,5 +42,5 @@ def make_env(
         return MatrixGame(name, copies=copies, agents=agents, args=args)
     if name.startswith(_VMAS):
         scenario = name.removeprefix(_VMAS)
-        return VmasEnv(scenario, copies=copies, agents=agents, seed=seed, args=args)
+        return VmasEnv(scenario, copies=copies, agents=agents, seed=seed, args=args, info=info)
     raise unknown_name("environment", name, [*NAMES, *(_VMAS + s for s in scenario_files())])

@@ -1,11 +1,15 @@
 """What the training loop asks of an environment: many copies stepped at once, as torch tensors."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from jaxtyping import Bool, Float, Int
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+
+from gradlab.checks import Failed, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class Step:
             together with `terminated`.
         final_observation: The observation before any reset; equals `observation` where no episode
             ended.
+        info: What the environment measures itself in this step, before any reset, by name; empty
+            if it measures nothing or was not asked to. NaN for an agent that a measure is not of.
     """
 
     observation: Float[Tensor, "agent copy obs"]
@@ -65,6 +71,11 @@ class Step:
     terminated: Bool[Tensor, " copy"]
     truncated: Bool[Tensor, " copy"]
     final_observation: Float[Tensor, "agent copy obs"]
+    info: Mapping[str, Float[Tensor, "agent copy"]] = field(default_factory=dict)
+
+
+class RenderingFailed(Failed):
+    """What is missing on this machine to draw an environment that can be drawn."""
 
 
 class VectorEnv(ABC):
@@ -72,8 +83,14 @@ class VectorEnv(ABC):
 
     All randomness comes from the seed given at construction, and never from (nor into) the global
     random state. float32 tensors on the CPU.
+
+    Attributes:
+        spec: What the environment looks like.
+        copies: Number of copies.
+        renders: Whether there is a drawing of it.
     """
 
+    renders: ClassVar[bool] = False
     spec: EnvSpec
     copies: int
 
@@ -96,6 +113,21 @@ class VectorEnv(ABC):
         Returns:
             What the step brought.
         """
+
+    def render(self, copy: int) -> UInt8[np.ndarray, "height width 3"]:  # noqa: ARG002
+        """Draw one copy as it stands.
+
+        Args:
+            copy: Its number.
+
+        Returns:
+            Red, green and blue of every pixel, the top row first.
+
+        Raises:
+            UsageError: If there is no drawing of this environment.
+            RenderingFailed: If something is missing on this machine.
+        """
+        raise UsageError(f"{self.spec.name} has no rendering. VMAS scenarios have.")
 
     @abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,13 +9,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gradlab.checks import UsageError, check, unknown_name
 from trainers.envs.object_state import capture, restore
-from trainers.envs.vector_env import Box, Discrete, EnvSpec, Step, VectorEnv
+from trainers.envs.vector_env import (
+    Box,
+    Discrete,
+    EnvSpec,
+    RenderingFailed,
+    Step,
+    VectorEnv,
+)
+
+RENDERING_PACKAGES = ("libegl1", "libgl1", "libglu1-mesa", "libgl1-mesa-dri")
+"""Debian's names of what VMAS draws with."""
 
 _RANDOM = ("/random/torch", "/random/numpy", "/random/python")
 
@@ -58,6 +69,8 @@ def scenario_arguments(file: Path) -> list[str]:
 class VmasEnv(VectorEnv):
     """A VMAS scenario; an episode is cut off (truncated) after `max_steps`, 100 by default."""
 
+    renders = True
+
     def __init__(
         self,
         scenario: str,
@@ -66,6 +79,7 @@ class VmasEnv(VectorEnv):
         agents: int | None,
         seed: int,
         args: Mapping[str, Any],
+        info: bool = False,
     ) -> None:
         files = scenario_files()
         if scenario not in files:
@@ -108,6 +122,7 @@ class VmasEnv(VectorEnv):
         names = tuple(agent.name for agent in self._env.agents)
         check(agents in {None, len(names)}, "agents", f"be {len(names)} in this scenario", agents)
         self.copies = copies
+        self._info = info
         self.spec = EnvSpec(
             name=f"vmas/{scenario}",
             agent_names=names,
@@ -131,7 +146,7 @@ class VmasEnv(VectorEnv):
         if action.dim() == 2:
             action = action[..., None]
         with self._own_random():
-            observations, rewards, terminated, truncated, _ = self._env.step(list(action))
+            observations, rewards, terminated, truncated, infos = self._env.step(list(action))
             final = _stack(observations)
             reward = torch.stack([r.reshape(self.copies) for r in rewards]).float()
             ended = terminated | truncated
@@ -148,7 +163,23 @@ class VmasEnv(VectorEnv):
             terminated=terminated.clone(),
             truncated=truncated & ~terminated,
             final_observation=final,
+            info=_by_measure(infos, self.copies) if self._info else {},
         )
+
+    @torch.no_grad()
+    def render(self, copy: int) -> UInt8[np.ndarray, "height width 3"]:
+        """See `VectorEnv.render`."""
+        try:
+            with self._own_random():
+                frame = self._env.render(mode="rgb_array", env_index=copy)
+        # What lacks a driver, a library or a display says so in its own way, of which there are many.
+        except Exception as error:
+            cause = " ".join(str(error).split()) or type(error).__name__
+            raise RenderingFailed(
+                f"{self.spec.name} can't be drawn here ({cause}). Install OpenGL with EGL: apt-get "
+                f"install {' '.join(RENDERING_PACKAGES)}"
+            ) from None
+        return np.ascontiguousarray(frame)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See `VectorEnv.state`."""
@@ -216,6 +247,18 @@ def _import_vmas() -> Any:  # noqa: ANN401 -- vmas has no types
 
 def _stack(observations: list[Tensor]) -> Tensor:
     return torch.stack(observations).float()
+
+
+def _by_measure(infos: list[dict[str, Tensor]], copies: int) -> dict[str, Tensor]:
+    """What each agent's info says, agents side by side; what is not one number a copy is left."""
+    names = dict.fromkeys(
+        name for info in infos for name, value in info.items() if value.numel() == copies
+    )
+    nothing = torch.full((copies,), torch.nan)
+    return {
+        name: torch.stack([info.get(name, nothing).reshape(copies).float() for info in infos])
+        for name in names
+    }
 
 
 def _only(sizes: dict[str, int], scenario: str, kind: str) -> int:

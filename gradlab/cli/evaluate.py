@@ -1,0 +1,109 @@
+"""The command that evaluates a run."""
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from gradlab.checks import Failed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gradlab.run import Run
+    from trainers.evaluation import Evaluation
+
+
+def update_number(text: str) -> int | None:
+    """Read what `--update` says.
+
+    Args:
+        text: A number, or "last".
+
+    Returns:
+        The number, None for the newest.
+    """
+    return None if text == "last" else int(text)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """`gradlab evaluate`: play whole episodes with a run's policies, and keep what they brought.
+
+    Args:
+        options: The parsed command line.
+
+    Raises:
+        Failed: If the numbers can't be kept, or the episode can't be drawn; they are printed.
+    """
+    from gradlab.run import open_run
+    from trainers.animation import Animation
+    from trainers.evaluation import evaluate as evaluate_run
+
+    run = open_run(options.run)
+    film = None if options.animate is None else Animation(options.animate)
+    more = {} if film is None else {"watch": film}
+    found = evaluate_run(
+        run,
+        episodes=options.episodes,
+        deterministic=None if options.deterministic is None else options.deterministic == "true",
+        seed=options.seed,
+        update=options.update,
+        **more,
+    )
+    for problem in [*run.problems, *found.notes]:
+        print(f"gradlab: {run.path}: {problem}", file=sys.stderr)
+    if options.format == "json":
+        print(json.dumps({"run": str(run.path), **found.document()}, indent=2))
+    else:
+        _print(run, found)
+    told = print if options.format == "table" else lambda _: None
+    try:
+        told(f"Kept: {found.save(run.path)}")
+    except OSError as error:
+        raise Failed(
+            f"{run.path} can't be written to: {error.strerror}. Nothing was kept."
+        ) from None
+    if film is not None:
+        told(f"Animation: {options.animate}, {film.write()} frames of the first episode")
+
+
+def _print(run: "Run", found: "Evaluation") -> None:
+    """Print means and intervals, an agent a row."""
+    from trainers.episodes import mean_interval
+
+    episodes = found.episodes
+    columns = {"return": episodes.returns, **episodes.metrics}
+    cells = {}
+    for name, values in columns.items():
+        of_all, of_agents = mean_interval(values.nanmean(0)), mean_interval(values)
+        cells[name] = [_with_interval(*of_all)]
+        cells[name] += [_with_interval(*ends) for ends in zip(*of_agents, strict=True)]
+    shown = Table(
+        "agent",
+        *(Column(name, justify="right") for name in columns),
+        title=f"{run.path}: {run.method} on {run.environment}",
+        caption="Means over episodes with 95 % intervals (Student's t); what is beside the return "
+        "is summed over an episode's steps."
+        if episodes.metrics
+        else "Means over episodes with 95 % intervals (Student's t).",
+    )
+    for row, name in enumerate(["mean of all", *found.agent_names]):
+        shown.add_row(name, *(cells[column][row] for column in columns), end_section=row == 0)
+    Console().print(shown)
+    kind = "deterministic" if found.deterministic else "sampled"
+    length = episodes.lengths.double()
+    print(
+        f"After update {found.update} ({found.update + 1} of {found.planned} are done, "
+        f"{found.frames:,} frames; the run is {run.state}): {len(length)} whole episodes, {kind}, "
+        f"seed {found.seed}, of {length.mean().item():.4g} steps on average."
+    )
+
+
+def _with_interval(mean: "NDArray[Any]", low: "NDArray[Any]", high: "NDArray[Any]") -> str:
+    if mean != mean:
+        return "-"
+    interval = "" if low != low else f" ({low:.4g} to {high:.4g})"
+    return f"{mean:.4g}{interval}"

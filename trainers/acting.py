@@ -1,0 +1,49 @@
+"""How all agents act while nothing is trained: the same for collecting and for evaluating."""
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Generator as RandomGenerator
+from torch import Tensor
+
+from trainers.generators.generator import Generator
+from trainers.networks import Theta
+from trainers.policies import Policy
+
+
+def fixed_parameters(generator: Generator) -> Callable[[Tensor], Theta]:
+    """What agents act with while nothing is trained, generated as seldom as can be.
+
+    Args:
+        generator: Makes their parameters.
+
+    Returns:
+        A function of observations [agent, sample, obs].
+    """
+    if generator.reads_observation:
+        return generator.policy_for
+    theta = generator.all_agents()
+    return lambda _: theta
+
+
+def act(
+    policy: Policy,
+    theta: Callable[[Tensor], Theta],
+    observation: Float[Tensor, "agent copy obs"],
+    random: RandomGenerator | None,
+) -> tuple[Float[Tensor, "agent copy *action"], Float[Tensor, "agent copy"]]:
+    """Choose every agent's action in every copy.
+
+    Args:
+        policy: The policies' form.
+        theta: Their parameters, given what they see.
+        observation: What they see, normalised if that is asked for.
+        random: Draws the actions; None for each policy's mode.
+
+    Returns:
+        Actions, to be turned into the environment's by `policy.to_env`, and their log-probabilities
+        (nats).
+    """
+    if random is None:
+        return policy.mode(theta(observation), observation)
+    return policy.sample(theta(observation), observation, random)

@@ -1,0 +1,159 @@
+"""Whole episodes under policies that are held fixed, and what they come to."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Generator as RandomGenerator
+from torch import Tensor
+
+from gradlab.quantity import Quantity
+from trainers.acting import act
+from trainers.envs.vector_env import VectorEnv
+from trainers.finite import check_finite
+from trainers.networks import Theta
+from trainers.policies import Policy
+
+LEVEL = 0.95
+"""Coverage of the intervals."""
+
+Watch = Callable[[VectorEnv], None]
+"""Shown the environment at the start and after each step while the first copy's episode lasts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episodes:
+    """What some whole, independent episodes brought.
+
+    Attributes:
+        returns: Undiscounted sum of each agent's rewards.
+        lengths: Steps of each episode.
+        metrics: What the environment measured itself, by name, each summed over the episode's
+            steps; NaN for an agent that a measure is not of.
+    """
+
+    returns: Float[Tensor, "agent episode"]
+    lengths: Int[Tensor, " episode"]
+    metrics: Mapping[str, Float[Tensor, "agent episode"]]
+
+    def quantities(self) -> dict[str, Quantity]:
+        """Label means over the episodes, as a run records them.
+
+        Returns:
+            `evaluation_return`, of the mean over agents, and `evaluation_agent_return` [agent],
+            both with the ends `..._low` and `..._high` of their 95 % intervals, which are those
+            of Student's t over the episodes (NaN with a single one); `evaluation_length` in steps;
+            `evaluation_metric` [metric, agent], if anything was measured.
+        """
+        episodes = len(self.lengths)
+        of_mean = f"mean over {episodes} whole episodes"
+        agents = {"agent": range(len(self.returns))}
+        interval = f"95 % interval: Student's t over {episodes} episodes"
+
+        def labelled(
+            values: NDArray[Any], coords: Mapping[str, Any], unit: str, estimator: str
+        ) -> Quantity:
+            coords = {axis: list(labels) for axis, labels in coords.items()}
+            return Quantity(
+                values=values, dims=tuple(coords), coords=coords, unit=unit, estimator=estimator
+            )
+
+        found: dict[str, Quantity] = {}
+        parts: list[tuple[str, Tensor, dict[str, Any], str]] = [
+            ("evaluation_return", self.returns.mean(0), {}, f"{of_mean} and over agents"),
+            ("evaluation_agent_return", self.returns, agents, of_mean),
+        ]
+        for name, values, coords, estimator in parts:
+            mean, low, high = mean_interval(values)
+            found[name] = labelled(mean, coords, "reward", f"{estimator}; undiscounted")
+            found[f"{name}_low"] = labelled(low, coords, "reward", interval)
+            found[f"{name}_high"] = labelled(high, coords, "reward", interval)
+        found["evaluation_length"] = Quantity.scalar(
+            self.lengths.double().mean().item(), "steps", of_mean
+        )
+        if self.metrics:
+            found["evaluation_metric"] = labelled(
+                torch.stack(list(self.metrics.values())).mean(-1).numpy(),
+                {"metric": self.metrics, **agents},
+                "sum over steps",
+                f"{of_mean} of the sum over the episode's steps",
+            )
+        return found
+
+
+def mean_interval(
+    values: Float[Tensor, "*rest episode"],
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Estimate means and their intervals by Student's t, episodes being independent.
+
+    Args:
+        values: A number of each episode.
+
+    Returns:
+        Means [*rest] and the lower and upper ends of their 95 % intervals, NaN with one episode.
+    """
+    episodes = values.shape[-1]
+    mean = values.mean(-1).numpy()
+    if episodes == 1:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    error = values.std(-1).numpy() / episodes**0.5
+    half = error * stats.t.ppf((1 + LEVEL) / 2, episodes - 1)
+    return mean, mean - half, mean + half
+
+
+@torch.no_grad()
+def play_episodes(
+    env: VectorEnv,
+    policy: Policy,
+    theta: Callable[[Tensor], Theta],
+    *,
+    scaled: Callable[[Tensor], Tensor] = lambda observation: observation,
+    random: RandomGenerator | None = None,
+    watch: Watch = lambda _: None,
+) -> Episodes:
+    """Play the first episode of every copy to its end.
+
+    A copy that has finished waits until all have: what it does meanwhile counts for nothing, so
+    short episodes count no more than long ones.
+
+    Args:
+        env: A new environment, whose every episode ends some day. One copy for each episode.
+        policy: The policies' form.
+        theta: Their parameters, given what they see.
+        scaled: What the policies read of an observation.
+        random: Draws the actions; None for each policy's mode.
+        watch: Shown the first copy's episode; the state in which it ends is gone by then, since
+            finished copies reset themselves.
+
+    Returns:
+        An episode of each copy, in the copies' order.
+
+    Raises:
+        NotFinite: If an observation or a reward is not finite.
+    """
+    playing = torch.ones(env.copies, dtype=torch.bool)
+    returns = torch.zeros(env.spec.agents, env.copies, dtype=torch.float64)
+    lengths = torch.zeros(env.copies, dtype=torch.int64)
+    metrics: dict[str, Tensor] = {}
+    observation = env.reset()
+    while True:
+        if playing[0]:
+            watch(env)
+        check_finite("observation in the evaluation", observation, ("agent", "copy"))
+        action, _ = act(policy, theta, scaled(observation), random)
+        step = env.step(policy.to_env(action))
+        check_finite("reward in the evaluation", step.reward, ("agent", "copy"))
+        returns += torch.where(playing, step.reward, 0)
+        lengths += playing
+        for name, value in step.info.items():
+            so_far = metrics.setdefault(name, torch.zeros_like(returns))
+            so_far += torch.where(playing, value, 0)
+        playing &= ~(step.terminated | step.truncated)
+        if not playing.any():
+            return Episodes(returns=returns, lengths=lengths, metrics=metrics)
+        observation = step.observation
