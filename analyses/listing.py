@@ -8,7 +8,7 @@ from gradlab.checks import UsageError
 from gradlab.run import Run, open_run
 from gradlab.run_writer import is_run
 
-COLUMNS = ("run", "method", "environment", "frames", "last_return", "state")
+COLUMNS = ("run", "method", "environment", "frames", "last_return", "evaluation_return", "state")
 
 
 def list_runs(folder: Path) -> pd.DataFrame:
@@ -18,8 +18,10 @@ def list_runs(folder: Path) -> pd.DataFrame:
         folder: Where to look.
 
     Returns:
-        Columns run, method, environment, frames, last_return (NaN where there is none), state;
-        one row for each run. What keeps a run from being read stands in its state.
+        Columns run, method, environment, frames, last_return (of the episodes that ended last in
+        the training), evaluation_return (of the last evaluation during the training), both NaN
+        where there is none, state; one row for each run. What keeps a run from being read stands
+        in its state.
     """
     folders = sorted(path for path in folder.rglob("*") if path.is_dir() and is_run(path))
     return pd.DataFrame([_row(path) for path in folders], columns=list(COLUMNS))
@@ -29,11 +31,12 @@ def _row(path: Path) -> tuple[object, ...]:
     try:
         run = open_run(path)
     except UsageError as error:
-        return str(path), "-", "-", "-", float("nan"), str(error)
+        return str(path), "-", "-", "-", float("nan"), float("nan"), str(error)
     frames = _last(run, "frames")
     state = "; ".join([run.state, *run.problems])
     shown = "-" if frames != frames else f"{frames:,.0f}"
-    return str(path), run.method, run.environment, shown, _last(run, "episode_return"), state
+    returns = (_last(run, "episode_return"), _last(run, "evaluation_return"))
+    return str(path), run.method, run.environment, shown, *returns, state
 
 
 def _last(run: Run, quantity: str) -> float:

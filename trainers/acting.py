@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Generator as RandomGenerator
 from torch import Tensor
 
@@ -31,7 +31,9 @@ def act(
     theta: Callable[[Tensor], Theta],
     observation: Float[Tensor, "agent copy obs"],
     random: RandomGenerator | None,
-) -> tuple[Float[Tensor, "agent copy *action"], Float[Tensor, "agent copy"]]:
+) -> tuple[
+    Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"], Float[Tensor, "agent copy"]
+]:
     """Choose every agent's action in every copy.
 
     Args:

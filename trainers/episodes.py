@@ -4,10 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from scipy import stats
 from torch import Generator as RandomGenerator
 from torch import Tensor
@@ -56,11 +54,14 @@ class Episodes:
         interval = f"95 % interval: Student's t over {episodes} episodes"
 
         def labelled(
-            values: NDArray[Any], coords: Mapping[str, Any], unit: str, estimator: str
+            values: Tensor, coords: Mapping[str, Any], unit: str, estimator: str
         ) -> Quantity:
-            coords = {axis: list(labels) for axis, labels in coords.items()}
             return Quantity(
-                values=values, dims=tuple(coords), coords=coords, unit=unit, estimator=estimator
+                values=values.numpy(),
+                dims=tuple(coords),
+                coords={axis: list(labels) for axis, labels in coords.items()},
+                unit=unit,
+                estimator=estimator,
             )
 
         found: dict[str, Quantity] = {}
@@ -78,7 +79,7 @@ class Episodes:
         )
         if self.metrics:
             found["evaluation_metric"] = labelled(
-                torch.stack(list(self.metrics.values())).mean(-1).numpy(),
+                torch.stack(list(self.metrics.values())).mean(-1),
                 {"metric": self.metrics, **agents},
                 "sum over steps",
                 f"{of_mean} of the sum over the episode's steps",
@@ -88,21 +89,21 @@ class Episodes:
 
 def mean_interval(
     values: Float[Tensor, "*rest episode"],
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
     """Estimate means and their intervals by Student's t, episodes being independent.
 
     Args:
         values: A number of each episode.
 
     Returns:
-        Means [*rest] and the lower and upper ends of their 95 % intervals, NaN with one episode.
+        Means and the lower and upper ends of their 95 % intervals, NaN with one episode.
     """
     episodes = values.shape[-1]
-    mean = values.mean(-1).numpy()
+    mean = values.mean(-1)
     if episodes == 1:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    error = values.std(-1).numpy() / episodes**0.5
-    half = error * stats.t.ppf((1 + LEVEL) / 2, episodes - 1)
+        return mean, mean * torch.nan, mean * torch.nan
+    error = values.std(-1) / episodes**0.5
+    half = error * float(stats.t.ppf((1 + LEVEL) / 2, episodes - 1))
     return mean, mean - half, mean + half
 
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -11,8 +11,6 @@ from rich.table import Column, Table
 from gradlab.checks import Failed
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from gradlab.run import Run
     from trainers.evaluation import Evaluation
 
@@ -79,16 +77,13 @@ def _print(run: "Run", found: "Evaluation") -> None:
     cells = {}
     for name, values in columns.items():
         of_all, of_agents = mean_interval(values.nanmean(0)), mean_interval(values)
-        cells[name] = [_with_interval(*of_all)]
-        cells[name] += [_with_interval(*ends) for ends in zip(*of_agents, strict=True)]
+        cells[name] = [_with_interval(*map(float, of_all))]
+        cells[name] += [_with_interval(*map(float, ends)) for ends in zip(*of_agents, strict=True)]
     shown = Table(
         "agent",
         *(Column(name, justify="right") for name in columns),
         title=f"{run.path}: {run.method} on {run.environment}",
-        caption="Means over episodes with 95 % intervals (Student's t); what is beside the return "
-        "is summed over an episode's steps."
-        if episodes.metrics
-        else "Means over episodes with 95 % intervals (Student's t).",
+        caption="Means over episodes of sums over their steps, ± half a 95 % interval",
     )
     for row, name in enumerate(["mean of all", *found.agent_names]):
         shown.add_row(name, *(cells[column][row] for column in columns), end_section=row == 0)
@@ -102,8 +97,8 @@ def _print(run: "Run", found: "Evaluation") -> None:
     )
 
 
-def _with_interval(mean: "NDArray[Any]", low: "NDArray[Any]", high: "NDArray[Any]") -> str:
+def _with_interval(mean: float, low: float, high: float) -> str:
     if mean != mean:
         return "-"
-    interval = "" if low != low else f" ({low:.4g} to {high:.4g})"
+    interval = "" if low != low else f" ± {(high - low) / 2:.2g}"
     return f"{mean:.4g}{interval}"

@@ -172,7 +172,7 @@ class VmasEnv(VectorEnv):
         try:
             with self._own_random():
                 frame = self._env.render(mode="rgb_array", env_index=copy)
-        # What lacks a driver, a library or a display says so in its own way, of which there are many.
+        # A missing driver, library or display shows in as many ways as there are layers.
         except Exception as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             raise RenderingFailed(
