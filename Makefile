@@ -2,16 +2,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+OPENGL := libegl1 libgl1 libglu1-mesa libgl1-mesa-dri
 
-.PHONY: demo test test-all check bench browser clean
+.PHONY: demo test test-all check bench browser rendering clean
 
 demo: $(VENV)/.installed  ## train three methods with diagnostics, compare their conflict, write a page
 	$(BIN)/gradlab demo --out $(DEMO)
 
-test: $(VENV)/.installed browser  ## all tests but the slow ones
+test: $(VENV)/.installed browser rendering  ## all tests but the slow ones
 	$(BIN)/pytest -q -n auto -m "not slow"
 
-test-all: $(VENV)/.installed browser
+test-all: $(VENV)/.installed browser rendering
 	$(BIN)/pytest -q -n auto
 
 check: $(VENV)/.installed  ## format, lint, types, import contracts
@@ -31,6 +32,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 browser:  ## headless Chromium for the page's tests, from the system's packages
 	@command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; }
+
+rendering:  ## OpenGL without a screen for the animations' tests, from the system's packages
+	@dpkg -s $(OPENGL) >/dev/null 2>&1 || { apt-get update -q && apt-get install -y -q $(OPENGL); }
 
 clean:
 	rm -rf $(VENV)

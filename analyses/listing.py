@@ -27,20 +27,29 @@ def list_runs(folder: Path) -> pd.DataFrame:
     return pd.DataFrame([_row(path) for path in folders], columns=list(COLUMNS))
 
 
+def last_number(run: Run, quantity: str) -> float:
+    """Look up the last number that was recorded of a quantity without axes.
+
+    Args:
+        run: A run.
+        quantity: The quantity's name.
+
+    Returns:
+        The last that is not NaN; NaN if there is none.
+    """
+    if quantity not in run.quantities:
+        return float("nan")
+    known = run.quantity(quantity).dropna("update")
+    return float(known[-1]) if known.size and known.ndim == 1 else float("nan")
+
+
 def _row(path: Path) -> tuple[object, ...]:
     try:
         run = open_run(path)
     except UsageError as error:
         return str(path), "-", "-", "-", float("nan"), float("nan"), str(error)
-    frames = _last(run, "frames")
+    frames = last_number(run, "frames")
     state = "; ".join([run.state, *run.problems])
     shown = "-" if frames != frames else f"{frames:,.0f}"
-    returns = (_last(run, "episode_return"), _last(run, "evaluation_return"))
+    returns = (last_number(run, "episode_return"), last_number(run, "evaluation_return"))
     return str(path), run.method, run.environment, shown, *returns, state
-
-
-def _last(run: Run, quantity: str) -> float:
-    if quantity not in run.quantities:
-        return float("nan")
-    known = run.quantity(quantity).dropna("update")
-    return float(known[-1]) if known.size else float("nan")

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analyses.curves import frames_by_update
+from analyses.listing import last_number
 from dashboards.colours import Mark
 from dashboards.text import clean, for_html
 from gradlab.run import Run
 
-COLUMNS = ("run", "method", "environment", "agents", "frames", "last return", "state", "seed")
-_NUMBERS = ("agents", "frames", "last return", "seed")
+COLUMNS = (
+    *("run", "method", "environment", "agents", "frames", "last return", "evaluation return"),
+    *("state", "seed"),
+)
+_NUMBERS = ("agents", "frames", "last return", "evaluation return", "seed")
 
 
 def distinct_names(runs: Sequence[Run]) -> list[str]:
@@ -72,7 +76,8 @@ def table_rows(runs: Sequence[Run], marks: Sequence[Mark], curves: Sequence[pd.D
             "environment": run.environment,
             "agents": run.info.get("agents", "unknown"),
             "frames": f"{frames.iloc[-1]:,.0f}" if len(frames) else "none",
-            "last return": f"{last:.4g}" if math.isfinite(last) else "none",
+            "last return": _number(last),
+            "evaluation return": _number(last_number(run, "evaluation_return")),
             "state": run.state,
             "seed": run.info.get("seed", "unknown"),
         }
@@ -116,6 +121,10 @@ def problem_list(runs: Sequence[Run], marks: Sequence[Mark]) -> str:
 def _failure(run: Run) -> list[str]:
     error = run.info.get("error")
     return [f"training failed: {error}"] if run.state == "failed" and error else []
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "none"
 
 
 def _class(name: str) -> str:

@@ -23,7 +23,12 @@ def update_number(text: str) -> int | None:
 
     Returns:
         The number, None for the newest.
+
+    Raises:
+        ArgumentTypeError: If it says neither.
     """
+    if text != "last" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a number or last. Got {text!r}")
     return None if text == "last" else int(text)
 
 
@@ -92,8 +97,8 @@ def _print(run: "Run", found: "Evaluation") -> None:
     length = episodes.lengths.double()
     print(
         f"After update {found.update} ({found.update + 1} of {found.planned} are done, "
-        f"{found.frames:,} frames; the run is {run.state}): {len(length)} whole episodes, {kind}, "
-        f"seed {found.seed}, of {length.mean().item():.4g} steps on average."
+        f"{found.frames:,} frames; the run is {run.state}). Whole episodes: {len(length)}, {kind}, "
+        f"seed {found.seed}, {length.mean().item():.4g} steps on average."
     )
 
 
