@@ -10,15 +10,13 @@ from scipy import stats
 from torch import Generator as RandomGenerator
 from torch import Tensor
 
+from gradlab.estimates import LEVEL
 from gradlab.quantity import Quantity
 from trainers.acting import act
 from trainers.envs.vector_env import VectorEnv
 from trainers.finite import check_finite
 from trainers.networks import Theta
 from trainers.policies import Policy
-
-LEVEL = 0.95
-"""Coverage of the intervals."""
 
 Watch = Callable[[VectorEnv], None]
 """Shown the environment at the start and after each step while the first copy's episode lasts."""
