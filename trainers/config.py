@@ -202,11 +202,6 @@ class TrainConfig(_Section):
         return -(-self.frames // (self.copies * self.steps))
 
     @property
-    def evaluation_seed(self) -> int:
-        """Seed of the evaluations."""
-        return self.seed if self.evaluation.seed is None else self.evaluation.seed
-
-    @property
     def effects_period(self) -> int:
         """Number of updates from one record of coupling, transference and so on to the next."""
         return self.effects_every or 5 * self.every

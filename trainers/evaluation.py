@@ -9,13 +9,14 @@ from typing import Any
 import xarray as xr
 from pydantic import ValidationError
 
-from gradlab.checks import UsageError, check
+from gradlab.checks import Failed, UsageError, check
 from gradlab.quantity import dataset
 from gradlab.run import Run, open_run
 from gradlab.run_writer import write_atomically
 from trainers.checkpoints import Checkpoint, checkpoint_of, newest_checkpoint
-from trainers.config import TrainConfig
+from trainers.config import EvaluationConfig, TrainConfig
 from trainers.episodes import Episodes, Watch
+from trainers.finite import NotFinite
 from trainers.loop import Trainer
 
 SCHEMA = 1
@@ -135,7 +136,7 @@ def evaluate(
 
     Raises:
         UsageError: If there is no such run, checkpoint, or number.
-        NotFinite: If an observation or a reward is not finite.
+        Failed: If an observation or a reward is not finite.
 
     >>> from trainers.config import TrainConfig
     >>> trainer = Trainer(TrainConfig(method="fups", agents=4))
@@ -153,18 +154,25 @@ def evaluate(
         run = source if isinstance(source, Run) else open_run(source)
         trainer = Trainer(_settings(run))
         trainer.load_networks(_checkpoint(run, update, notes))
-    asked = trainer.config.evaluation
-    deterministic = asked.deterministic if deterministic is None else deterministic
-    seed = trainer.config.evaluation_seed if seed is None else seed
+    given = {"episodes": episodes, "deterministic": deterministic, "seed": seed}
+    settings = {
+        "seed": trainer.config.seed,
+        **trainer.config.evaluation.model_dump(exclude_none=True),
+    }
+    settings |= {name: value for name, value in given.items() if value is not None}
+    asked = EvaluationConfig.model_validate(settings)
+    try:
+        played = trainer.evaluate(asked, watch)
+    except NotFinite as error:
+        raise Failed(f"after update {trainer.updates_done - 1}: {error}") from None
+    assert asked.seed is not None
     return Evaluation(
-        episodes=trainer.evaluate(
-            episodes=episodes, deterministic=deterministic, seed=seed, watch=watch
-        ),
+        episodes=played,
         update=trainer.updates_done - 1,
         frames=trainer.frames_done,
         planned=trainer.config.updates,
-        deterministic=deterministic,
-        seed=seed,
+        deterministic=asked.deterministic,
+        seed=asked.seed,
         agent_names=trainer.spec.agent_names,
         notes=tuple(notes),
     )

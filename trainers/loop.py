@@ -19,7 +19,7 @@ from gradlab.quantity import Quantity
 from gradlab.run_writer import RunWriter
 from trainers.acting import fixed_parameters
 from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint
-from trainers.config import TrainConfig, differing_settings
+from trainers.config import EvaluationConfig, TrainConfig, differing_settings
 from trainers.critic_input import CRITIC_INPUTS
 from trainers.diagnosis import Diagnosis
 from trainers.envs import make_env
@@ -153,7 +153,7 @@ class Trainer:
                 if self._evaluation_is_due():
                     quantities |= self.evaluate().quantities()
             except NotFinite as error:
-                saved = self._save_last_good(writer.path)
+                saved = self._save_last_good(writer.path, update)
                 raise TrainingFailed(f"update {update}: {error}. {saved}") from None
             scalars: dict[str, tuple[float, str]] = {
                 "frames": (self.frames_done, "frames"),
@@ -174,12 +174,7 @@ class Trainer:
         return self.updates_done >= self.config.updates
 
     def evaluate(
-        self,
-        *,
-        episodes: int | None = None,
-        deterministic: bool | None = None,
-        seed: int | None = None,
-        watch: Watch = lambda _: None,
+        self, asked: EvaluationConfig | None = None, watch: Watch = lambda _: None
     ) -> Episodes:
         """Play whole episodes with the policies as they stand, in an environment made for it.
 
@@ -188,9 +183,7 @@ class Trainer:
         the same ones whenever it is repeated.
 
         Args:
-            episodes: How many; by default as configured, as is what follows.
-            deterministic: Act by the policies' modes instead of drawing actions.
-            seed: Seed of the episodes.
+            asked: How many episodes, of which seed, and how to act; by default as configured.
             watch: Shown the first episode.
 
         Returns:
@@ -199,16 +192,15 @@ class Trainer:
         Raises:
             NotFinite: If an observation or a reward is not finite.
         """
-        asked = self.config.evaluation
-        deterministic = asked.deterministic if deterministic is None else deterministic
-        seed = self.config.evaluation_seed if seed is None else seed
+        asked = asked or self.config.evaluation
+        seed = self.config.seed if asked.seed is None else asked.seed
         of_env, of_actions = np.random.SeedSequence((seed, self.updates_done)).generate_state(2)
         return play_episodes(
-            self._make_env(episodes or asked.episodes, int(of_env), info=True),
+            self._make_env(asked.episodes, int(of_env), info=True),
             self.policy,
             fixed_parameters(self.actor),
             scaled=self.collector.scaled,
-            random=None if deterministic else torch.Generator().manual_seed(int(of_actions)),
+            random=None if asked.deterministic else torch.Generator().manual_seed(int(of_actions)),
             watch=watch,
         )
 
@@ -343,13 +335,12 @@ class Trainer:
             self._engines_written = True
         return quantities
 
-    def _save_last_good(self, run: Path) -> str:
-        """Save the state before the update in flight; returns a sentence that says what is saved.
+    def _save_last_good(self, run: Path, wanted: int) -> str:
+        """Save the state with `wanted` updates done; returns a sentence that says what is saved.
 
         A training goes on from a checkpoint to the bit, so the newest one leads there. To keep
         that state in memory as well would cost a copy of it in every update.
         """
-        wanted = self.updates_done
         checkpoint, _ = newest_checkpoint(run)
         if checkpoint is None:
             return "There is no earlier state to go on from."

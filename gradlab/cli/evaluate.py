@@ -27,7 +27,7 @@ def update_number(text: str) -> int | None:
     Raises:
         ArgumentTypeError: If it says neither.
     """
-    if text != "last" and not text.isdigit():
+    if text != "last" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a number or last. Got {text!r}")
     return None if text == "last" else int(text)
 
@@ -39,7 +39,8 @@ def evaluate(options: argparse.Namespace) -> None:
         options: The parsed command line.
 
     Raises:
-        Failed: If the numbers can't be kept, or the episode can't be drawn; they are printed.
+        Failed: If the numbers can't be kept or the episode can't be drawn, which is told after
+            the numbers; or if what the environment gives is not finite.
     """
     from gradlab.run import open_run
     from trainers.animation import Animation
@@ -47,14 +48,13 @@ def evaluate(options: argparse.Namespace) -> None:
 
     run = open_run(options.run)
     film = None if options.animate is None else Animation(options.animate)
-    more = {} if film is None else {"watch": film}
     found = evaluate_run(
         run,
         episodes=options.episodes,
         deterministic=None if options.deterministic is None else options.deterministic == "true",
         seed=options.seed,
         update=options.update,
-        **more,
+        watch=film or (lambda _: None),
     )
     for problem in [*run.problems, *found.notes]:
         print(f"gradlab: {run.path}: {problem}", file=sys.stderr)
@@ -62,15 +62,17 @@ def evaluate(options: argparse.Namespace) -> None:
         print(json.dumps({"run": str(run.path), **found.document()}, indent=2))
     else:
         _print(run, found)
-    told = print if options.format == "table" else lambda _: None
     try:
-        told(f"Kept: {found.save(run.path)}")
+        kept = found.save(run.path)
     except OSError as error:
         raise Failed(
             f"{run.path} can't be written to: {error.strerror}. Nothing was kept."
         ) from None
-    if film is not None:
-        told(f"Animation: {options.animate}, {film.write()} frames of the first episode")
+    frames = 0 if film is None else film.write()
+    if options.format == "table":
+        print(f"Kept: {kept}")
+        if film is not None:
+            print(f"Animation: {options.animate}, {frames} frames of the first episode")
 
 
 def _print(run: "Run", found: "Evaluation") -> None:

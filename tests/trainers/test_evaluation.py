@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from gradlab.checks import TrainingFailed, UsageError
+from gradlab.checks import Failed, TrainingFailed, UsageError
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter
 from trainers.acting import fixed_parameters
@@ -71,6 +71,10 @@ def train(folder, settings, *, stop_after=math.inf):
     checkpoint, _ = newest_checkpoint(folder)
     assert checkpoint is not None
     return open_run(folder), checkpoint.tensors
+
+
+def episodes_of(subject, **asked):
+    return evaluate(subject, **asked).episodes
 
 
 class Recorded(VectorEnv):
@@ -179,7 +183,7 @@ def test_mode_has_the_log_probability_that_training_gives_it(settings):
 
 
 def test_navigations_metrics_add_up_to_the_return():
-    found = trainer(SMALL | NAVIGATION).evaluate(episodes=8, deterministic=False)
+    found = episodes_of(trainer(SMALL | NAVIGATION), episodes=8, deterministic=False)
     assert set(found.metrics) == {"pos_rew", "final_rew", "agent_collisions"}
     torch.testing.assert_close(sum(found.metrics.values()), found.returns, rtol=1e-5, atol=1e-5)
     assert found.metrics["pos_rew"].abs().min() > 0
@@ -286,29 +290,29 @@ def test_a_runs_evaluation_is_the_one_that_its_training_recorded(tmp_path, setti
 def test_seed_and_update_say_which_episodes_are_played():
     subject = trainer(SMALL | NAVIGATION)
     before = subject.state().tensors
-    first = subject.evaluate(episodes=3)
-    again = subject.evaluate(episodes=3)
+    first = episodes_of(subject, episodes=3)
+    again = episodes_of(subject, episodes=3)
     assert torch.equal(first.returns, again.returns)
-    other_seed = subject.evaluate(episodes=3, seed=1)
+    other_seed = episodes_of(subject, episodes=3, seed=1)
     assert not torch.equal(first.returns, other_seed.returns)
-    drawn = [subject.evaluate(episodes=3, deterministic=False).returns for _ in range(2)]
+    drawn = [episodes_of(subject, episodes=3, deterministic=False).returns for _ in range(2)]
     assert torch.equal(*drawn)
     assert not torch.equal(first.returns, drawn[0])
     after = subject.state().tensors
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     subject.updates_done = 1
-    assert not torch.equal(first.returns, subject.evaluate(episodes=3).returns)
+    assert not torch.equal(first.returns, episodes_of(subject, episodes=3).returns)
 
 
 def test_global_random_states_stay_as_they_are():
     subject = trainer(SMALL | NAVIGATION)
     torch_state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    subject.evaluate(episodes=2, deterministic=False)
+    episodes_of(subject, episodes=2, deterministic=False)
     assert torch.equal(torch_state, torch.random.get_rng_state())
     assert (numpy_state == np.random.get_state()[1]).all()
 
 
-def test_what_is_not_finite_in_an_evaluation_stops_the_training_with_that_update_saved(
+def test_what_is_not_finite_in_an_evaluation_stops_the_training_before_that_update(
     tmp_path, monkeypatch
 ):
     step = VmasEnv.step
@@ -323,15 +327,18 @@ def test_what_is_not_finite_in_an_evaluation_stops_the_training_with_that_update
 
     monkeypatch.setattr(VmasEnv, "step", broken)
     message = (
-        r"update 1: reward in the evaluation is inf \(agent 1, copy 2\)\. Saved is .* update 1;"
+        r"update 1: reward in the evaluation is inf \(agent 1, copy 2\)\. Saved is .* update 0;"
     )
     with pytest.raises(TrainingFailed, match=message):
         train(tmp_path / "r", NAVIGATION | EVALUATED)
+    with pytest.raises(Failed, match=r"after update 0: reward in the evaluation is inf"):
+        evaluate(tmp_path / "r")
     monkeypatch.undo()
     resumed, tensors = train(tmp_path / "r", NAVIGATION | EVALUATED)
-    _, whole = train(tmp_path / "whole", NAVIGATION | EVALUATED)
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in whole.items())
-    assert resumed.state == "done"
+    whole, expected = train(tmp_path / "whole", NAVIGATION | EVALUATED)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in expected.items())
+    for name in set(whole.quantities) - {"seconds"}:
+        assert resumed.quantity(name).equals(whole.quantity(name))
 
 
 def test_run_that_is_being_written_can_be_evaluated(tmp_path):
