@@ -8,7 +8,7 @@ from gradlab.checks import UsageError
 from gradlab.run import Run, open_run
 from gradlab.run_writer import is_run
 
-COLUMNS = ("run", "method", "environment", "frames", "last_return", "evaluation_return", "state")
+COLUMNS = ("run", "method", "environment", "frames", "last_return", "evaluated", "state")
 
 
 def list_runs(folder: Path) -> pd.DataFrame:
@@ -19,7 +19,7 @@ def list_runs(folder: Path) -> pd.DataFrame:
 
     Returns:
         Columns run, method, environment, frames, last_return (of the episodes that ended last in
-        the training), evaluation_return (of the last evaluation during the training), both NaN
+        the training), evaluated (return of the last evaluation during the training), both NaN
         where there is none, state; one row for each run. What keeps a run from being read stands
         in its state.
     """

@@ -101,7 +101,7 @@ def test_evaluations_are_listed_where_there_are_any(here):
     rows = list_runs(here).set_index("run")
     for name in ("r", "game"):
         last = float(open_run(here / name).quantity("evaluation_return")[-1])
-        assert rows.loc[str(here / name), "evaluation_return"] == last
+        assert rows.loc[str(here / name), "evaluated"] == last
     write_page([open_run(here / "r")], here / "page.html")
     last = float(open_run(here / "r").quantity("evaluation_return")[-1])
     page = (here / "page.html").read_text()
