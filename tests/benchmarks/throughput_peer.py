@@ -23,16 +23,15 @@ class Timing(Callback):
         GATE.updated()
 
 
-def main():
-    cell = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
+def experiment(cell, folder, callbacks=()):
+    """An experiment with a cell's settings, which keeps its files in a folder."""
     frames, ppo = cell["copies"] * cell["steps"], cell["ppo"]
     config = ExperimentConfig.get_from_yaml()
     config.on_policy_n_envs_per_worker = cell["copies"]
     config.on_policy_collected_frames_per_batch = frames
     config.on_policy_minibatch_size = frames // ppo["minibatches"]
     config.on_policy_n_minibatch_iters = ppo["epochs"]
-    config.max_n_frames = 10**9
+    config.max_n_frames = cell.get("frames", 10**9)
     config.evaluation = config.render = config.create_json = False
     config.loggers = []
     config.share_policy_params = cell["method"] == "fups"
@@ -44,19 +43,26 @@ def main():
     network = MlpConfig(
         num_cells=cell["hidden"], activation_class=torch.nn.Tanh, layer_class=torch.nn.Linear
     )
-    task = VmasTask[cell["scenario"].upper()].get_task(
-        {"max_steps": cell["steps"], "n_agents": cell["agents"], **cell["args"]}
+    task = VmasTask[cell["scenario"].upper()].get_task({
+        "max_steps": cell["steps"],
+        "n_agents": cell["agents"],
+        **cell["args"],
+    })
+    config.save_folder = folder
+    return Experiment(
+        task=task,
+        algorithm_config=algorithm,
+        model_config=network,
+        seed=cell["seed"],
+        config=config,
+        callbacks=list(callbacks),
     )
+
+
+def main():
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        config.save_folder = folder
-        Experiment(
-            task=task,
-            algorithm_config=algorithm,
-            model_config=network,
-            seed=cell["seed"],
-            config=config,
-            callbacks=[Timing()],
-        ).run()
+        experiment(json.loads(sys.argv[1]), folder, [Timing()]).run()
 
 
 if __name__ == "__main__":
