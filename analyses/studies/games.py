@@ -97,7 +97,7 @@ def _report(runs: Mapping[str, Run]) -> Findings:
         for method in METHODS:
             values = cells.loc[cells["method"] == method, "reward"].to_numpy(float)
             mean, low, high = (f"{x:.3f}" for x in interquartile_mean(values))
-            row[method] = f"{mean} ({low} to {high})"
+            row[method] = f"{mean} ({low} to {high})" if len(values) > 1 else mean
         rows.append(row)
     return Findings(table=pd.DataFrame(rows), verdicts=_verdicts(found))
 

@@ -1,9 +1,11 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from analyses.studies import STUDIES, run_study
+from analyses.studies.games import interquartile_mean
 from analyses.studies.specialisation import METHODS
 from gradlab.checks import UsageError
 from gradlab.cli import run as main
@@ -86,3 +88,33 @@ def test_specialisation_verdicts_hold_over_five_seeds(tmp_path):
     for folder in tmp_path.glob("*/"):
         run = open_run(folder)
         assert float(run.quantity("residual").max()) < 1e-4
+
+
+def test_interquartile_means_and_their_intervals():
+    values = np.array([0.1, 0.9, 0.8, 0.7, 1.0])
+    mean, low, high = interquartile_mean(values)
+    assert mean == pytest.approx((0.7 + 0.8 + 0.9) / 3)  # a seed is left out at either end
+    resampled = np.random.default_rng(1).choice(values, (4000, 5))
+    slow = np.sort(resampled, axis=1)[:, 1:4].mean(1)
+    assert (low, high) == pytest.approx(np.quantile(slow, (0.025, 0.975)), abs=0.03)
+    assert interquartile_mean(np.full(5, 0.25)) == pytest.approx((0.25, 0.25, 0.25))
+    assert np.isnan(interquartile_mean(np.array([0.5]))[1:]).all()
+
+
+def test_study_of_the_games_tabulates_every_game_and_size(tmp_path):
+    study = STUDIES["games"]
+    assert len(study.budgets["standard"]) == 4 * 4 * 5 * 5
+    runs = {
+        name: {**settings, "frames": 256, "copies": 8, "steps": 8}
+        for name, settings in study.budgets["quick"].items()
+    }
+    text = run_study(dataclasses.replace(study, budgets={"quick": runs}), "quick", tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith("| s")]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| specialisation", "2"],
+        ["| synchronisation", "2"],
+    ]
+    assert "not supported**: specialisation: all others reach 97% of the optimum" in text
+    run = open_run(tmp_path / "specialisation-2ag-fups-seed0")
+    last = run.quantity("reward_per_step").to_numpy()[-1]
+    assert f" | 0.750 | {last:.3f} | " in rows[0]  # chance, and the first method

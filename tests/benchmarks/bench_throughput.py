@@ -17,7 +17,9 @@ from measure import write
 from throughput_gate import MARK, Gate
 
 HERE = Path(__file__).parent
-PEERS = Path(__import__("os").environ.get("PEERS") or HERE.parents[1] / ".venv-peers" / "bin" / "python")
+PEERS = Path(
+    __import__("os").environ.get("PEERS") or HERE.parents[1] / ".venv-peers" / "bin" / "python"
+)
 
 PPO = {
     "epochs": 4,

@@ -36,7 +36,7 @@ def cells(seeds, frames):
                     "method": method,
                     "algorithm": "ippo",
                     "agents": 4,
-                    "copies": 64,
+                    "copies": 128,
                     "steps": 100,
                     "hidden": [64, 64],
                     "ppo": PPO,
@@ -98,6 +98,7 @@ def trained(library, cell):
     done = subprocess.run(
         [python, script, json.dumps(cell)],
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if library == "benchmarl" else None,  # its progress bar
         text=True,
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
