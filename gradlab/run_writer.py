@@ -73,7 +73,8 @@ class RunWriter:
 
     Holds an exclusive lock while it lives, so that a second writer is refused and a reader can
     tell a running run from one that was killed. Use as a context manager: leaving it with an
-    exception marks the run as failed, otherwise the state last set stands.
+    exception marks the run as failed if this writer has described it, otherwise the state last set
+    stands.
 
     Attributes:
         path: The run folder.
@@ -103,6 +104,7 @@ class RunWriter:
             raise UsageError(
                 f"{path} is being written by another process. Wait for it, or choose another --out."
             ) from None
+        self._described = False
         self._info: dict[str, Any] = {"schema": SCHEMA}
         if (path / RUN_FILE).is_file():
             self._info = json.loads((path / RUN_FILE).read_bytes())
@@ -134,7 +136,7 @@ class RunWriter:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if error is not None:
+            if error is not None and self._described:
                 self.describe(state="failed", error=f"{type(error).__name__}: {error}")
         finally:
             self._database.close()
@@ -144,9 +146,13 @@ class RunWriter:
         """Add to, or replace in, what run.json says.
 
         Args:
-            **info: Entries that JSON can hold, e.g. `state="done"`.
+            **info: Entries that JSON can hold, e.g. `state="done"`. A state comes with its own
+                `error`, or none: that of an earlier state goes.
         """
+        if "state" in info:
+            self._info.pop("error", None)
         self._info |= info
+        self._described = True
         text = json.dumps(self._info, indent=2, sort_keys=True) + "\n"
         write_atomically(self.path / RUN_FILE, text.encode())
 

@@ -37,6 +37,7 @@ WRONG = {
     ),
     "describe": (["train", "--describe", "--method", "nop"], "Did you mean 'nops'?"),
     "describe_run": (["train", "--describe", "--resume", "--out", "x"], "Leave out --resume"),
+    "preset": (["train", "--preset", "dispersoin"], "Did you mean 'dispersion'?"),
     "algorithm": (["train", "--algorithm", "mapo"], "Got algorithm='mapo'"),
     "minibatches": (["train", "--ppo.minibatches", "4096"], "must be at most 2048: a rollout has"),
     "resume": (["train", "--resume"], "Add --out DIR"),
@@ -55,9 +56,10 @@ def gradlab(*arguments, cwd):
 
 def refused(capsys, arguments, message):
     assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
+    found = capsys.readouterr()
+    assert message in found.err
+    assert len(found.err.strip().splitlines()) == 1
+    assert not found.out  # nor an empty progress bar
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -119,6 +121,10 @@ def run(tmp_path_factory):
         (["dashboard", "r", "--html", "missing/folder/p.html"], "can't be written"),
         (["train", "--out", "r"], "add --resume"),
         (["train", "--out", "r", "--resume"], "has all 2,048 frames"),
+        (
+            ["train", "--out", "r", "--resume", "--frames", "1024"],
+            "`frames` must be more than the 2,048 that r has done. Got frames=1024",
+        ),
         (["train", "--out", "r", "--resume", "--method", "fups"], "method='hypermarl', not 'fups'"),
         (
             ["train", "--out", "r", "--resume", "--ppo.epochs", "5"],

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from gradlab.checks import UsageError
 from gradlab.run_writer import write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = "checkpoints"
 KEPT = 2
 
@@ -52,9 +52,10 @@ class Checkpoint:
 
 
 def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, then delete all but the last two.
+    """Write a checkpoint, then delete all but it and the one before.
 
-    The tensors are in place before the JSON file that makes them count.
+    The tensors are in place before the JSON file that makes them count. Later checkpoints, which
+    can only be damaged ones that were passed over, are deleted as well.
 
     Args:
         run: The run folder.
@@ -68,17 +69,20 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     data = save({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()})
     stem = folder / f"{checkpoint.update:09d}"
     write_atomically(stem.with_suffix(".safetensors"), data)
-    head = {
+    head: dict[str, Any] = {
         "schema": SCHEMA,
         "update": checkpoint.update,
-        "sha256": hashlib.sha256(data).hexdigest(),
         "values": checkpoint.values,
     }
+    head["sha256"] = _digest(head, data)
     write_atomically(stem.with_suffix(".json"), json.dumps(head).encode())
     _sync(folder)
-    for old in _stems(run)[:-KEPT]:
-        old.with_suffix(".json").unlink(missing_ok=True)
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    stems = _stems(run)
+    kept = stems[: stems.index(stem) + 1][-KEPT:]
+    for other in stems:
+        if other not in kept:
+            other.with_suffix(".json").unlink(missing_ok=True)
+            other.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 class Saver:
@@ -162,27 +166,37 @@ def _read_if_whole(stem: Path) -> Checkpoint | str:
 
 
 def _read(stem: Path) -> Checkpoint:
-    head = json.loads(stem.with_suffix(".json").read_bytes())
+    files = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{missing[0]} is missing")
+    head_bytes, data = (file.read_bytes() for file in files)
+    head = json.loads(head_bytes)
     if not isinstance(head, dict):
         raise ValueError("its .json file holds no object")
-    if head["schema"] != SCHEMA:
-        raise UsageError(
-            f"{stem}.json has schema version {head['schema']!r}; this gradlab reads {SCHEMA}. "
-            "Resume with the gradlab that wrote it, or upgrade."
-        )
-    data = stem.with_suffix(".safetensors").read_bytes()
-    if hashlib.sha256(data).hexdigest() != head["sha256"]:
-        raise ValueError("its tensors are not those that were written")
+    if _digest(head, data) != head["sha256"]:
+        if head["schema"] != SCHEMA:
+            raise UsageError(
+                f"{stem}.json has schema version {head['schema']!r}; this gradlab reads {SCHEMA}. "
+                "Resume with the gradlab that wrote it, or upgrade."
+            )
+        raise ValueError("its content is not what was written")
     return Checkpoint(update=head["update"], tensors=load(data), values=head["values"])
 
 
+def _digest(head: Mapping[str, Any], data: bytes) -> str:
+    """A sum over all that a checkpoint holds."""
+    text = json.dumps([head["update"], head["values"]], sort_keys=True)
+    return hashlib.sha256(text.encode() + data).hexdigest()
+
+
 def _stems(run: Path) -> list[Path]:
-    """Paths without suffix of the checkpoints that were finished, oldest first."""
-    return sorted(
+    """Paths without suffix of the checkpoints, whole or not, oldest first."""
+    found = {
         path.with_suffix("")
-        for path in (run / FOLDER).glob("*.json")
-        if path.stem.isdigit() and path.is_file()
-    )
+        for path in (run / FOLDER).glob("*")
+        if path.suffix in {".json", ".safetensors"} and path.stem.isdigit()
+    }
+    return sorted(found)
 
 
 def _sync(folder: Path) -> None:

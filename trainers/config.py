@@ -125,8 +125,15 @@ class EvaluationConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """One training run."""
+    """One training run.
 
+    `preset` says where settings came from; `trainers.presets.with_preset` is what reads it.
+    """
+
+    preset: str | None = Field(
+        None,
+        description="settings of a scenario of the paper, beneath all others; list prints them",
+    )
     method: str = Field("hypermarl", description="sharing scheme")
     actor_method: str | None = Field(
         None, description="sharing scheme of the actors (default: --method)"

@@ -35,7 +35,7 @@ from trainers.rollout import Rollout, make_collector
 from trainers.update import Updater, check_minibatches
 
 Progress = Callable[[int, float], None]
-"""Called after each update with frames done and the last mean episode return."""
+"""Called before the first update and after each, with frames done and the last mean return."""
 
 
 class Trainer:

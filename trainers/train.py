@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradlab.checks import UsageError
+from gradlab.checks import UsageError, check
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter, is_run
-from trainers.checkpoints import newest_checkpoint
+from trainers.checkpoints import Checkpoint, newest_checkpoint
 from trainers.config import TrainConfig, differing_settings
 from trainers.loop import Progress, Trainer, describe
 
@@ -28,7 +28,7 @@ def train_run(
         out: The run folder.
         resume: Go on from the newest checkpoint that is whole (from the start if there is none)
             with a run that was started with the same settings.
-        progress: Told of every update.
+        progress: Told of where the training starts, and of every update.
         stop: Asked after each update whether to stop there.
         tell: Given sentences that the user should read.
 
@@ -45,16 +45,38 @@ def train_run(
     trainer = Trainer(config)
     with RunWriter(out, resume=resume) as writer:
         checkpoint, problems = newest_checkpoint(out)
-        for sentence in [*writer.notes, *problems]:
+        onwards = f"after update {checkpoint.update}" if checkpoint else "from the beginning"
+        for sentence in [*writer.notes, *(f"{p}; going on {onwards}" for p in problems)]:
             tell(sentence)
         if checkpoint:
+            check_frames(config, out, checkpoint)
             trainer.load_state(checkpoint)
-            progress(trainer.frames_done, trainer.last_return)
+        progress(trainer.frames_done, trainer.last_return)
         writer.discard_after(trainer.updates_done - 1)
         writer.describe(**describe(trainer), state="running")
         finished = trainer.run(writer, progress, stop, tell)
         writer.describe(state="done" if finished else "stopped")
     return finished
+
+
+def check_frames(config: TrainConfig, out: Path, checkpoint: Checkpoint) -> None:
+    """Raise if a run has done more than is asked for: what it has learned is not undone.
+
+    Args:
+        config: The settings that are asked for.
+        out: The run folder.
+        checkpoint: Its newest checkpoint.
+
+    Raises:
+        UsageError: If fewer frames are asked for than are done.
+    """
+    done = (checkpoint.update + 1) * config.copies * config.steps
+    check(
+        checkpoint.update < config.updates,
+        "frames",
+        f"be more than the {done:,} that {out} has done",
+        config.frames,
+    )
 
 
 def check_same_settings(config: TrainConfig, out: Path, *, but: Sequence[str] = ()) -> None:

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from gradlab.checks import UsageError
 from gradlab.cli.options import given_settings, make_config
 from gradlab.cli.show import print_conflict, write_dashboard
+from trainers.presets import SETTING, load_preset, preset_names, with_preset
 
 DEMO = {
     method: {"method": method, "env": "specialisation", "agents": 4}
@@ -38,21 +39,49 @@ def train(options: argparse.Namespace) -> None:
         UsageError: If an option can't be used.
     """
     settings = given_settings(options)
-    if options.describe:
-        if options.resume:
-            raise UsageError("--describe trains nothing. Leave out --resume.")
-        _describe(settings)
+    if settings.get(SETTING) == "list":
+        _print_presets()
         return
     if options.resume:
+        if options.describe:
+            raise UsageError("--describe trains nothing. Leave out --resume.")
         if options.out is None:
             raise UsageError("--resume needs the run to go on with. Add --out DIR.")
         settings = _resumed_settings(options.out, settings)
+    else:
+        settings = with_preset(settings)
+    if options.describe:
+        _describe(settings)
+        return
     out = options.out or _new_folder(make_config(settings))
     with _progress() as bar:
         _train_run(settings, out, bar, resume=options.resume)
     if make_config(settings).diagnostics != "off":
         print_conflict([out])
     print(f"Run: {out}\nDashboard: gradlab dashboard {out} --html {out}.html")
+    if preset := settings.get(SETTING):
+        for sentence in load_preset(preset).differs:
+            print(f"Not as in the paper: {sentence}.")
+
+
+def _print_presets() -> None:
+    """Print the presets that ship."""
+    from trainers.envs import environment_names
+
+    here = set(environment_names())
+    shown = Table("preset", "environment", "agents", "algorithm", "in the paper", "runs here")
+    for name in preset_names():
+        preset = load_preset(name)
+        config = make_config(preset.under({}))
+        shown.add_row(
+            name,
+            config.env,
+            str(config.agents),
+            config.algorithm,
+            ", ".join(preset.algorithms),
+            "yes" if config.env in here else "no",
+        )
+    Console().print(shown)
 
 
 def _describe(settings: Mapping[str, Any]) -> None:
@@ -99,6 +128,7 @@ def demo(options: argparse.Namespace) -> None:
                 check_same_settings(make_config(settings), folder)
             if not (is_run(folder) and open_run(folder).state == "done"):
                 _train_run(settings, folder, bar, resume=is_run(folder))
+        bar.start()
         bar.start_task(report)
         write_dashboard(list(folders), page)
         bar.advance(report)
@@ -113,6 +143,7 @@ def _train_run(settings: Mapping[str, Any], out: Path, bar: Progress, *, resume:
     task = bar.add_task(config.scheme, total=config.frames, rate="", last="")
 
     def progress(frames: int, last: float) -> None:
+        bar.start()  # only now, as what can't be trained has no progress to show
         speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
         bar.update(
             task,
@@ -134,7 +165,7 @@ def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run to go on with; only its length may change."""
     from gradlab.run import open_run
     from trainers.checkpoints import newest_checkpoint
-    from trainers.train import check_same_settings
+    from trainers.train import check_frames, check_same_settings
 
     kept = open_run(out).config
     if not kept:
@@ -146,10 +177,12 @@ def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     config = make_config({**kept, **both})
     check_same_settings(config, out, but=("frames",))
     checkpoint, _ = newest_checkpoint(out)
-    if checkpoint and checkpoint.update + 1 >= config.updates:
-        raise UsageError(
-            f"{out} has all {config.frames:,} frames. To train on, ask for more with --frames."
-        )
+    if checkpoint:
+        check_frames(config, out, checkpoint)
+        if checkpoint.update + 1 == config.updates:
+            raise UsageError(
+                f"{out} has all {config.frames:,} frames. To train on, ask for more with --frames."
+            )
     return config.model_dump(mode="json")
 
 
@@ -160,8 +193,10 @@ def _new_folder(config: Any) -> Path:  # noqa: ANN401
     )
 
 
-def _progress() -> Progress:
-    return Progress(
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar that is not shown before it is started."""
+    bar = Progress(
         TextColumn("{task.description:15}"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f}%"),
@@ -171,6 +206,11 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[last]}"),
     )
+    try:
+        yield bar
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 @contextmanager

@@ -10,6 +10,15 @@ from trainers.envs.vmas import VmasEnv, scenario_files
 _VMAS = "vmas/"
 
 
+def environment_names() -> list[str]:
+    """List the environments that can be made.
+
+    Returns:
+        Their registered names.
+    """
+    return [*NAMES, *(_VMAS + scenario for scenario in scenario_files())]
+
+
 def make_env(
     name: str,
     *,
@@ -43,4 +52,4 @@ def make_env(
     if name.startswith(_VMAS):
         scenario = name.removeprefix(_VMAS)
         return VmasEnv(scenario, copies=copies, agents=agents, seed=seed, args=args, info=info)
-    raise unknown_name("environment", name, [*NAMES, *(_VMAS + s for s in scenario_files())])
+    raise unknown_name("environment", name, environment_names())
