@@ -123,7 +123,7 @@ def run(tmp_path_factory):
         (["train", "--out", "r", "--resume"], "has all 2,048 frames"),
         (
             ["train", "--out", "r", "--resume", "--frames", "1024"],
-            "`frames` must be more than the 2,048 that r has done. Got frames=1024",
+            "`frames` must be at least the 2,048 that r has done. Got frames=1024",
         ),
         (["train", "--out", "r", "--resume", "--method", "fups"], "method='hypermarl', not 'fups'"),
         (

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from trainers.envs.vector_env import Box, Discrete
+from trainers.finite import check_finite
 from trainers.networks import MLP, Theta, per_agent
 
 
@@ -37,6 +38,9 @@ class Policy(ABC):
 
         Returns:
             Actions and their log-probabilities [agent, sample].
+
+        Raises:
+            NotFinite: If the network's output, or an action, is not finite.
         """
 
     @abstractmethod
@@ -100,7 +104,9 @@ class Categorical(Policy):
         self, theta: Theta, observation: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """Draw actions; see `Policy.sample`."""
-        log_p = self.network.forward(theta, observation).log_softmax(-1)
+        logits = self.network.forward(theta, observation)
+        check_finite("the actor's output", logits, ("agent", "copy", "action"))
+        log_p = logits.log_softmax(-1)
         flat = torch.multinomial(log_p.exp().flatten(0, -2), 1, generator=generator)
         action = flat.view(log_p.shape[:-1])
         return action, log_p.gather(-1, action[..., None]).squeeze(-1)
@@ -139,7 +145,9 @@ class Gaussian(Policy):
         mean = self.network.forward(theta, observation)
         log_std = per_agent(theta["log_std"], mean)
         noise = torch.randn(mean.shape, generator=generator)
-        return mean + log_std.exp() * noise, _log_density(noise, log_std)
+        action = mean + log_std.exp() * noise
+        check_finite("the actor's action", action, ("agent", "copy", "component"))
+        return action, _log_density(noise, log_std)
 
     def mode(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Take the means; see `Policy.mode`."""

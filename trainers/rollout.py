@@ -108,7 +108,7 @@ class Collector:
             The rollout.
 
         Raises:
-            NotFinite: If an observation, a value or a reward is not finite.
+            NotFinite: If an observation, a value, an action or a reward is not finite.
         """
         columns: dict[str, list[Tensor]] = {}
         terminated, truncated = [], []

@@ -74,7 +74,7 @@ def check_frames(config: TrainConfig, out: Path, checkpoint: Checkpoint) -> None
     check(
         checkpoint.update < config.updates,
         "frames",
-        f"be more than the {done:,} that {out} has done",
+        f"be at least the {done:,} that {out} has done",
         config.frames,
     )
 

@@ -66,7 +66,30 @@ def break_loss(monkeypatch):
     monkeypatch.setattr(Updater, "_step", broken)
 
 
+def break_actor(monkeypatch):
+    """Let one agent's policy alone overflow, once."""
+    collect, calls = Trainer._collect, []
+
+    def broken(self):
+        calls.append(1)
+        if len(calls) == BROKEN + 1:
+            overflow(self, agent=2)
+        return collect(self)
+
+    monkeypatch.setattr(Trainer, "_collect", broken)
+
+
+@torch.no_grad()
+def overflow(trainer, agent):
+    """Make weights whose sum overflows, though each of them is finite."""
+    (weight,) = (
+        p for name, p in trainer.actor.named_parameters() if "head" in name and p.dim() > 2
+    )
+    weight[agent] = torch.finfo(torch.float32).max
+
+
 CASES = {
+    "actor": (break_actor, {"method": "nops"}, "the actor's output is "),
     "reward": (lambda m: break_environment(m, "reward", torch.nan), {}, "reward is nan (agent 1, "),
     "observation": (
         lambda m: break_environment(m, "observation", torch.nan),
@@ -104,8 +127,8 @@ def test_training_stops_at_what_is_not_finite_and_goes_on_from_before(tmp_path, 
     assert text.startswith(f"update {BROKEN}: {message}")
     assert f"gradlab train --resume --out {tmp_path / 'broken'}" in text
     assert len(text.splitlines()) == 1
-    if case == "loss":
-        assert "(agent 2)" in text
+    if case in {"loss", "actor"}:
+        assert "(agent 2" in text
     run = open_run(tmp_path / "broken")
     assert run.state == "failed"
     assert run.quantity("frames")["update"].values.tolist() == list(range(BROKEN))
@@ -113,10 +136,20 @@ def test_training_stops_at_what_is_not_finite_and_goes_on_from_before(tmp_path, 
     assert saved is not None
     assert saved.update == BROKEN - 1
     assert all(tensor.isfinite().all() for tensor in saved.tensors.values() if tensor.dim())
+    assert open_run(tmp_path / "broken").info["error"].startswith("TrainingFailed: update 5: ")
     resumed = train(tmp_path / "broken", **settings)
+    assert "error" not in open_run(tmp_path / "broken").info
     assert resumed.tensors.keys() == whole.tensors.keys()
     assert all(torch.equal(t, resumed.tensors[name]) for name, t in whole.tensors.items())
     assert open_run(tmp_path / "broken").state == "done"
+
+
+def test_continuous_actions_of_an_actor_that_overflows_are_not_acted_on():
+    settings = SMALL | {"method": "nops", "env": "vmas/navigation"}
+    trainer = Trainer(TrainConfig.model_validate(settings))
+    overflow(trainer, agent=1)
+    with pytest.raises(TrainingFailed, match=r"^the actor's action is \S+ \(agent 1, copy 0, comp"):
+        trainer._collect()
 
 
 def test_state_that_cannot_be_made_again_leaves_the_checkpoint_before(tmp_path, monkeypatch):
