@@ -141,8 +141,8 @@ class Trainer:
             Whether all frames are done. Either way the last update is checkpointed.
 
         Raises:
-            TrainingFailed: If an observation, value, action, reward, loss or gradient is not finite. The
-                state before that update is checkpointed.
+            TrainingFailed: If an observation, value, action, reward, loss or gradient is not
+                finite. The state before that update is checkpointed.
         """
         look = partial(self._diagnose, writer, tell)
         for update in range(self.updates_done, self.config.updates):
