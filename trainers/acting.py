@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator as RandomGenerator
 from torch import Tensor
 
@@ -30,6 +30,7 @@ def act(
     policy: Policy,
     theta: Callable[[Tensor], Theta],
     observation: Float[Tensor, "agent copy obs"],
+    mask: Bool[Tensor, "agent copy action"] | None,
     random: RandomGenerator | None,
 ) -> tuple[
     Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"], Float[Tensor, "agent copy"]
@@ -40,6 +41,7 @@ def act(
         policy: The policies' form.
         theta: Their parameters, given what they see.
         observation: What they see, normalised if that is asked for.
+        mask: What they may do, as `VectorEnv.action_mask` says it.
         random: Draws the actions; None for each policy's mode.
 
     Returns:
@@ -47,5 +49,5 @@ def act(
         (nats).
     """
     if random is None:
-        return policy.mode(theta(observation), observation)
-    return policy.sample(theta(observation), observation, random)
+        return policy.mode(theta(observation), observation, mask)
+    return policy.sample(theta(observation), observation, random, mask)

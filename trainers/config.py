@@ -150,6 +150,11 @@ class TrainConfig(_Section):
         default_factory=dict, description="keyword arguments to the environment"
     )
     agents: int | None = Field(None, description="number of agents (default: the environment's)")
+    pad: bool = Field(
+        False,
+        description="where agents' observations or actions differ in size, pad them with zeros and "
+        "with actions that are never taken",
+    )
     reward: Literal["agent", "team"] = Field(
         "agent",
         description="what agents learn from. agent: each its own reward; team: all the mean of all "

@@ -27,7 +27,7 @@ SHARED_OBSERVATIONS = 512
 """Observations on which the agents' behaviour is compared, at most."""
 
 _READ = {
-    "actor": ("observation", "action", "log_prob", "advantage"),
+    "actor": ("observation", "action", "action_mask", "log_prob", "advantage"),
     "critic": ("observation", "value", "target"),
 }
 
@@ -107,6 +107,7 @@ class Diagnosis:
             network: {
                 name: samples[name].unflatten(1, (config.steps, -1))[:, steps].flatten(1, 2)
                 for name in _READ[network]
+                if name in samples
             }
             for network in self.probe.networks
         }

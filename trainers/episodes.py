@@ -144,7 +144,7 @@ def play_episodes(
         if playing[0]:
             watch(env)
         check_finite("observation in the evaluation", observation, ("agent", "copy"))
-        action, _ = act(policy, theta, scaled(observation), random)
+        action, _ = act(policy, theta, scaled(observation), env.action_mask(), random)
         step = env.step(policy.to_env(action))
         check_finite("reward in the evaluation", step.reward, ("agent", "copy"))
         returns += torch.where(playing, step.reward, 0)

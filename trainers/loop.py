@@ -23,7 +23,7 @@ from trainers.config import EvaluationConfig, TrainConfig, differing_settings
 from trainers.critic_input import CRITIC_INPUTS
 from trainers.diagnosis import Diagnosis
 from trainers.envs import make_env
-from trainers.envs.vector_env import EnvSpec, VectorEnv
+from trainers.envs.vector_env import EnvSpec, VectorEnv, check_equal_spaces
 from trainers.episodes import Episodes, Watch, play_episodes
 from trainers.finite import NotFinite
 from trainers.generators import make_generator
@@ -56,12 +56,18 @@ class Trainer:
         self.random = torch.Generator().manual_seed(config.seed)
         env = self._make_env(config.copies, config.seed)
         self.spec: EnvSpec = env.spec
+        if not config.pad:
+            check_equal_spaces(self.spec)
         check_minibatches(config.ppo.minibatches, config.copies * config.steps, env.spec.agents)
         critic_input = CRITIC_INPUTS[config.algorithm]
         seen = critic_input(torch.empty(env.spec.agents, 1, env.spec.observation_size)).shape[-1]
         hidden, activation = config.network.hidden, config.network.activation
         policy = make_policy(
-            env.spec.observation_size, env.spec.action_space, hidden=hidden, activation=activation
+            env.spec.observation_size,
+            env.spec.action_space,
+            hidden=hidden,
+            activation=activation,
+            action_mask=env.spec.action_mask,
         )
         value = MLP(sizes=(seen, *hidden, 1), activation=activation, head_gain=1.0)
         self.actor = self._generator("actor", policy.network)
@@ -374,6 +380,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "environment": config.env,
         "agents": trainer.spec.agents,
         "agent_names": list(trainer.spec.agent_names),
+        "padding": trainer.spec.padding,
         "seed": config.seed,
         "updates": config.updates,
         "config": config.model_dump(mode="json"),

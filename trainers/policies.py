@@ -17,17 +17,27 @@ from trainers.networks import MLP, Theta, per_agent
 class Policy(ABC):
     """A stochastic policy pi(action | observation; theta).
 
+    A `mask` is True for what an agent may do: numbered actions, whose others have probability 0; or
+    components of an action that have an effect, whose others count for nothing in log-probability
+    and entropy.
+
     Attributes:
         network: What the distribution's parameters come from.
+        action_mask: What each agent can do at all [agent, action]; None: everything.
         usual_entropy_coefficient: Weight of the entropy bonus that PPO usually has with it.
     """
 
     network: MLP
+    action_mask: Tensor | None = None
     usual_entropy_coefficient: ClassVar[float]
 
     @abstractmethod
     def sample(
-        self, theta: Theta, observation: Tensor, generator: Generator
+        self,
+        theta: Theta,
+        observation: Tensor,
+        generator: Generator,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw actions.
 
@@ -35,6 +45,7 @@ class Policy(ABC):
             theta: Policy parameters with an agent axis.
             observation: Observations [agent, sample, obs].
             generator: Source of randomness.
+            mask: What may be done [agent, sample, action]; None: everything.
 
         Returns:
             Actions and their log-probabilities [agent, sample].
@@ -44,25 +55,34 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def mode(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
+    def mode(
+        self, theta: Theta, observation: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Take the likeliest actions: the largest logit, or the mean.
 
         Args:
             theta: Policy parameters with an agent axis.
             observation: Observations [agent, sample, obs].
+            mask: What may be done [agent, sample, action]; None: everything.
 
         Returns:
             Actions, of equal logits the first, and their log-probabilities [agent, sample].
+
+        Raises:
+            NotFinite: If the network's output is not finite.
         """
 
     @abstractmethod
-    def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(
+        self, theta: Theta, observation: Tensor, action: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability of given actions, and the entropy.
 
         Args:
             theta: Policy parameters, with or without an agent axis.
             observation: Observations [*batch, obs].
             action: Actions [*batch] or [*batch, action].
+            mask: What could be done [*batch, action]; None: everything.
 
         Returns:
             Both, of shape [*batch], in nats.
@@ -79,7 +99,9 @@ class Policy(ABC):
         Returns:
             Tensors [agent, sample, ...] by name, as `gradlab.diversity` takes them: `logits` of
             numbered actions; or `mean` and `std` of what the environment is given before it is
-            clipped to the action range, in the environment's units.
+            clipped to the action range, in the environment's units. By `action_mask`, logits of
+            actions that an agent does not have are minus infinity, mean and standard deviation of
+            components 0.
         """
 
     def to_env(self, action: Tensor) -> Tensor:
@@ -93,6 +115,11 @@ class Policy(ABC):
         """
         return action
 
+    def _own(self, axes: int) -> Tensor | None:
+        """The agents' own mask, ready to be broadcast against a tensor [agent, ..., action]."""
+        mask = self.action_mask
+        return None if mask is None else _along_agents(mask, axes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Categorical(Policy):
@@ -101,30 +128,44 @@ class Categorical(Policy):
     usual_entropy_coefficient: ClassVar[float] = 0.01
 
     def sample(
-        self, theta: Theta, observation: Tensor, generator: Generator
+        self,
+        theta: Theta,
+        observation: Tensor,
+        generator: Generator,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw actions; see `Policy.sample`."""
-        logits = self.network.forward(theta, observation)
-        check_finite("the actor's output", logits, ("agent", "copy", "action"))
-        log_p = logits.log_softmax(-1)
+        log_p = self._log_p(theta, observation, mask)
         flat = torch.multinomial(log_p.exp().flatten(0, -2), 1, generator=generator)
         action = flat.view(log_p.shape[:-1])
         return action, log_p.gather(-1, action[..., None]).squeeze(-1)
 
-    def mode(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
+    def mode(
+        self, theta: Theta, observation: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Take the likeliest actions; see `Policy.mode`."""
-        log_prob, action = self.network.forward(theta, observation).log_softmax(-1).max(-1)
+        log_prob, action = self._log_p(theta, observation, mask).max(-1)
         return action, log_prob
 
-    def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_p(self, theta: Theta, observation: Tensor, mask: Tensor | None) -> Tensor:
+        """Log-probabilities of all actions, to act by."""
+        logits = self.network.forward(theta, observation)
+        check_finite("the actor's output", logits, ("agent", "copy", "action"))
+        return _masked(logits, mask).log_softmax(-1)
+
+    def evaluate(
+        self, theta: Theta, observation: Tensor, action: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy; see `Policy.evaluate`."""
-        log_p = self.network.forward(theta, observation).log_softmax(-1)
+        log_p = _masked(self.network.forward(theta, observation), mask).log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
         return log_p.gather(-1, action[..., None]).squeeze(-1), entropy
 
     def distribution(self, theta: Theta, observation: Tensor) -> dict[str, Tensor]:
         """Logits of the actions; see `Policy.distribution`."""
-        return {"logits": self.network.forward(theta, observation)}
+        logits = self.network.forward(theta, observation)
+        mask = self._own(logits.dim())
+        return {"logits": logits if mask is None else logits.masked_fill(~mask, -torch.inf)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +180,11 @@ class Gaussian(Policy):
     usual_entropy_coefficient: ClassVar[float] = 0.0
 
     def sample(
-        self, theta: Theta, observation: Tensor, generator: Generator
+        self,
+        theta: Theta,
+        observation: Tensor,
+        generator: Generator,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw actions; see `Policy.sample`."""
         mean = self.network.forward(theta, observation)
@@ -147,42 +192,68 @@ class Gaussian(Policy):
         noise = torch.randn(mean.shape, generator=generator)
         action = mean + log_std.exp() * noise
         check_finite("the actor's action", action, ("agent", "copy", "component"))
-        return action, _log_density(noise, log_std)
+        return action, _log_density(noise, log_std, mask)
 
-    def mode(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
+    def mode(
+        self, theta: Theta, observation: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Take the means; see `Policy.mode`."""
         mean = self.network.forward(theta, observation)
-        return mean, _log_density(torch.zeros_like(mean), per_agent(theta["log_std"], mean))
+        check_finite("the actor's action", mean, ("agent", "copy", "component"))
+        log_std = per_agent(theta["log_std"], mean)
+        return mean, _log_density(torch.zeros_like(mean), log_std, mask)
 
-    def evaluate(self, theta: Theta, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(
+        self, theta: Theta, observation: Tensor, action: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy; see `Policy.evaluate`."""
         mean = self.network.forward(theta, observation)
         log_std = per_agent(theta["log_std"], mean)
         noise = (action - mean) * torch.exp(-log_std)
-        entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-        return _log_density(noise, log_std), entropy
+        entropy = _sum(log_std + 0.5 * math.log(2 * math.pi * math.e), mask)
+        return _log_density(noise, log_std, mask), entropy
 
     def distribution(self, theta: Theta, observation: Tensor) -> dict[str, Tensor]:
         """Mean and standard deviation of the action; see `Policy.distribution`."""
         mean = self.network.forward(theta, observation)
         std = per_agent(theta["log_std"], mean).exp().expand_as(mean)
-        return {"mean": self._middle + self._half * mean, "std": self._half * std}
+        low, high = self._bounds(mean.dim())
+        half = (high - low) / 2
+        mask = self._own(mean.dim())
+        found = {"mean": (high + low) / 2 + half * mean, "std": half * std}
+        if mask is None:
+            return found
+        return {name: values.masked_fill(~mask, 0.0) for name, values in found.items()}
 
     def to_env(self, action: Tensor) -> Tensor:
         """Scale to the action range and clip to it; see `Policy.to_env`."""
-        return torch.clamp(self._middle + self._half * action, self.box.low, self.box.high)
+        low, high = self._bounds(action.dim())
+        return torch.clamp((high + low) / 2 + (high - low) / 2 * action, low, high)
 
-    @property
-    def _middle(self) -> Tensor:
-        return (self.box.high + self.box.low) / 2
+    def _bounds(self, axes: int) -> tuple[Tensor, Tensor]:
+        """The action range, ready to be broadcast against a tensor [agent, ..., action]."""
+        low, high = self.box.low, self.box.high
+        return (
+            (low, high) if low.dim() == 1 else (_along_agents(low, axes), _along_agents(high, axes))
+        )
 
-    @property
-    def _half(self) -> Tensor:
-        return (self.box.high - self.box.low) / 2
+
+def _along_agents(parameter: Tensor, axes: int) -> Tensor:
+    """[agent, action] -> [agent, 1, ..., 1, action]."""
+    return parameter.view(len(parameter), *[1] * (axes - 2), -1)
 
 
-def _log_density(noise: Tensor, log_std: Tensor) -> Tensor:
-    return (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Leave no probability, but an entropy that has a gradient, to what may not be done."""
+    return logits if mask is None else logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+
+
+def _sum(components: Tensor, mask: Tensor | None) -> Tensor:
+    return (components if mask is None else torch.where(mask, components, 0.0)).sum(-1)
+
+
+def _log_density(noise: Tensor, log_std: Tensor, mask: Tensor | None) -> Tensor:
+    return _sum(-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi), mask)
 
 
 def make_policy(
@@ -191,6 +262,7 @@ def make_policy(
     *,
     hidden: tuple[int, ...],
     activation: str,
+    action_mask: Tensor | None = None,
 ) -> Policy:
     """Make the policy that fits an action space.
 
@@ -199,12 +271,13 @@ def make_policy(
         action_space: What the environment takes.
         hidden: Widths of the hidden layers.
         activation: "tanh" or "relu".
+        action_mask: What each agent may do [agent, action], if not all of them everything.
 
     Returns:
         The policy; its head starts with gain 0.01, so that first actions hardly depend on it.
     """
     discrete = isinstance(action_space, Discrete)
-    outputs = action_space.n if isinstance(action_space, Discrete) else len(action_space.low)
+    outputs = action_space.n if isinstance(action_space, Discrete) else action_space.size
     network = MLP(
         sizes=(observation_size, *hidden, outputs),
         activation=activation,
@@ -212,5 +285,5 @@ def make_policy(
         log_std_size=0 if discrete else outputs,
     )
     if isinstance(action_space, Box):
-        return Gaussian(network=network, box=action_space)
-    return Categorical(network=network)
+        return Gaussian(network=network, box=action_space, action_mask=action_mask)
+    return Categorical(network=network, action_mask=action_mask)

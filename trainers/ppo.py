@@ -29,7 +29,8 @@ class PolicyLoss:
 
         Args:
             theta: Policy parameters.
-            sample: Samples by name: `observation`, `action`, `log_prob`, `advantage`.
+            sample: Samples by name: `observation`, `action`, `log_prob`, `advantage`, and where not
+                everything could be done `action_mask`.
 
         Returns:
             The losses.
@@ -47,7 +48,9 @@ class PolicyLoss:
             The losses, and the logarithms of the actions' probabilities over those with which they
             were drawn.
         """
-        log_prob, entropy = self._policy.evaluate(theta, sample["observation"], sample["action"])
+        log_prob, entropy = self._policy.evaluate(
+            theta, sample["observation"], sample["action"], sample.get("action_mask")
+        )
         log_ratio = log_prob - sample["log_prob"]
         ratio = torch.exp(log_ratio)
         clipped = ratio.clamp(1 - self._clip, 1 + self._clip)
@@ -85,7 +88,9 @@ def policy_gradient_loss(policy: Policy, entropy_coefficient: float = 0.0) -> Su
     """
 
     def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
-        log_prob, entropy = policy.evaluate(theta, sample["observation"], sample["action"])
+        log_prob, entropy = policy.evaluate(
+            theta, sample["observation"], sample["action"], sample.get("action_mask")
+        )
         return -sample["advantage"] * log_prob - entropy_coefficient * entropy
 
     return loss

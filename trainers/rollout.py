@@ -8,6 +8,7 @@ import torch
 from torch import Generator as RandomGenerator
 from torch import Tensor
 
+from gradlab.checks import check
 from trainers.acting import act
 from trainers.config import PPOConfig, TrainConfig
 from trainers.critic_input import CRITIC_INPUTS, CriticInput, own_observation
@@ -127,7 +128,8 @@ class Collector:
 
         value = value_of(self.observation)
         for _ in range(steps):
-            action, log_prob = act(policy, theta, self.observation, random)
+            mask = self.env.action_mask()
+            action, log_prob = act(policy, theta, self.observation, mask, random)
             step = self.env.step(policy.to_env(action))
             observation = self._read(step.observation)
             next_value = following = value_of(observation)
@@ -145,6 +147,8 @@ class Collector:
                 "paid": self._paid(step.reward, ended),
                 "next_value": next_value,
             }
+            if mask is not None:
+                row["action_mask"] = mask
             for name, tensor in row.items():
                 columns.setdefault(name, []).append(tensor)
             terminated.append(step.terminated)
@@ -213,10 +217,19 @@ def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
 
     Returns:
         The collector.
+
+    Raises:
+        UsageError: If padded observations are to be normalised.
     """
     scales = config.normalise
     observations = rewards = None
     if scales.observations:
+        check(
+            env.spec.observation_sizes is None,
+            "normalise.observations",
+            "be false where observations are padded, as their scale is one for all agents",
+            True,
+        )
         observations = ObservationNormaliser(env.spec.observation_size, scales.clip)
     if scales.rewards:
         rewards = RewardNormaliser(

@@ -46,6 +46,8 @@ def train_run(
     with RunWriter(out, resume=resume) as writer:
         checkpoint, problems = newest_checkpoint(out)
         onwards = f"after update {checkpoint.update}" if checkpoint else "from the beginning"
+        if trainer.spec.padding:
+            tell(f"{config.env} is padded: {trainer.spec.padding}")
         for sentence in [*writer.notes, *(f"{p}; going on {onwards}" for p in problems)]:
             tell(sentence)
         if checkpoint:

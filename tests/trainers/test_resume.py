@@ -25,6 +25,14 @@ CASES = {
     "game": {"method": "fups-id", "env": "specialisation-temporal", "agents": 3},
     "hypermarl": {"method": "hypermarl", "env": "specialisation", "agents": 3},
     "vmas": {"method": "nops", "env": "vmas/navigation", "agents": 2},
+    "padded": {
+        "method": "hypermarl",
+        "algorithm": "mappo",
+        "env": "vmas/simple_speaker_listener",
+        "env_args": {"max_steps": 12, "continuous_actions": False},
+        "pad": True,
+        "hypernetwork": {"hidden": [8]},
+    },
     "parts": {
         "actor_method": "hypermarl",
         "critic_method": "fups-id-nostate",

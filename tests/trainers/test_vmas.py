@@ -61,7 +61,6 @@ def test_time_limit_truncates_with_the_last_observation():
     [
         ({"name": "vmas/navigaton"}, "Did you mean 'navigation'"),
         ({"name": "vmas/navigation", "args": {"colisions": 1}}, "Did you mean 'collisions'"),
-        ({"name": "vmas/simple_tag"}, "same observation size"),
         ({"name": "vmas/simple_spread", "args": {"max_steps": 0}}, "`max_steps` must be at least"),
         ({"name": "vmas/navigation", "args": {"agents_with_same_goal": 2}}, "can't be made"),
     ],

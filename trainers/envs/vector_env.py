@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
@@ -21,10 +22,18 @@ class Discrete:
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """A real vector whose components lie between `low` and `high`."""
+    """A real vector whose components lie between `low` and `high`.
 
-    low: Float[Tensor, " action"]
-    high: Float[Tensor, " action"]
+    Both have a leading agent axis where agents have other bounds than each other.
+    """
+
+    low: Float[Tensor, "*agent action"]
+    high: Float[Tensor, "*agent action"]
+
+    @property
+    def size(self) -> int:
+        """Number of components."""
+        return self.low.shape[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +43,61 @@ class EnvSpec:
     Attributes:
         name: The name under which the environment is registered.
         agent_names: One name per agent; their number is the number of agents.
-        observation_size: Length of each agent's observation.
-        action_space: The action space, the same for every agent.
+        observation_size: Length of every agent's observation, padded if its own is shorter.
+        action_space: The action space of every agent, padded if its own is smaller.
+        observation_sizes: Lengths of the agents' own observations, if they differ. What is beyond
+            an agent's own is 0.
+        action_sizes: Numbers of the agents' own actions, or of their components, if they differ.
+            What is beyond an agent's own is never taken, or has no effect.
     """
 
     name: str
     agent_names: tuple[str, ...]
     observation_size: int
     action_space: Discrete | Box
+    observation_sizes: tuple[int, ...] | None = None
+    action_sizes: tuple[int, ...] | None = None
 
     @property
     def agents(self) -> int:
         """Number of agents."""
         return len(self.agent_names)
+
+    @property
+    def action_mask(self) -> Bool[Tensor, "agent action"] | None:
+        """Which actions, or components of an action, each agent has; None: all have all."""
+        if self.action_sizes is None:
+            return None
+        space = self.action_space
+        most = torch.arange(space.n if isinstance(space, Discrete) else space.size)
+        return most < torch.tensor(self.action_sizes)[:, None]
+
+    @property
+    def padding(self) -> str:
+        """In words, what of which agents is padded; empty if nothing is."""
+        named = {"observation": self.observation_sizes, "action": self.action_sizes}
+        return "; ".join(
+            f"{kind} sizes "
+            + ", ".join(f"{n} {size}" for n, size in zip(self.agent_names, sizes, strict=True))
+            for kind, sizes in named.items()
+            if sizes is not None
+        )
+
+
+def check_equal_spaces(spec: EnvSpec) -> None:
+    """Raise unless all agents' observations and actions have the same sizes.
+
+    Args:
+        spec: What the environment looks like.
+
+    Raises:
+        UsageError: If they have not.
+    """
+    if spec.padding:
+        raise UsageError(
+            f"{spec.name}: every agent must have the same observation and action size, as one "
+            f"form of network serves all. Got {spec.padding}. Add --pad true to pad the smaller."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +179,18 @@ class VectorEnv(ABC):
             RenderingFailed: If something is missing on this machine.
         """
         raise UsageError(f"{self.spec.name} has no rendering. VMAS scenarios have.")
+
+    def action_mask(self) -> Bool[Tensor, "agent copy action"] | None:
+        """Say what the agents may do next, after a reset or step.
+
+        An environment in which that changes from step to step overrides this.
+
+        Returns:
+            True for each numbered action that is available, or component of an action that has an
+            effect: at least one of each agent. None: all are.
+        """
+        own = self.spec.action_mask
+        return None if own is None else own[:, None].expand(-1, self.copies, -1)
 
     @abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,11 +1,11 @@
-"""VMAS scenarios whose agents share an observation and action size (Bettini et al., 2022)."""
+"""VMAS scenarios (Bettini et al., 2022); agents with smaller spaces than others are padded."""
 
 import ast
 import contextlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from torch.nn import functional
 
 from gradlab.checks import UsageError, check, unknown_name
 from trainers.envs.object_state import capture, restore
@@ -123,40 +124,41 @@ class VmasEnv(VectorEnv):
         check(agents in {None, len(names)}, "agents", f"be {len(names)} in this scenario", agents)
         self.copies = copies
         self._info = info
+        observation_sizes = [space.shape[0] for space in self._env.observation_space.spaces]
+        action_space, action_sizes = self._action_spaces()
         self.spec = EnvSpec(
             name=f"vmas/{scenario}",
             agent_names=names,
-            observation_size=_only(
-                {n: s.shape[0] for n, s in self._spaces("observation", names)},
-                scenario,
-                "observation",
-            ),
-            action_space=self._action_space(names, scenario),
+            observation_size=max(observation_sizes),
+            action_space=action_space,
+            observation_sizes=_if_they_differ(observation_sizes),
+            action_sizes=_if_they_differ(action_sizes),
         )
 
     @torch.no_grad()
     def reset(self) -> Float[Tensor, "agent copy obs"]:
         """See `VectorEnv.reset`."""
         with self._own_random():
-            return _stack(self._env.reset())
+            return self._stack(self._env.reset())
 
     @torch.no_grad()
     def step(self, action: Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"]) -> Step:
         """See `VectorEnv.step`."""
-        if action.dim() == 2:
-            action = action[..., None]
+        own: Iterable[Tensor] = action[..., None] if action.dim() == 2 else action
+        if action.dim() == 3 and self.spec.action_sizes is not None:
+            own = (a[:, :size] for a, size in zip(action, self.spec.action_sizes, strict=True))
         with self._own_random():
-            observations, rewards, terminated, truncated, infos = self._env.step(list(action))
-            final = _stack(observations)
+            observations, rewards, terminated, truncated, infos = self._env.step(list(own))
+            final = self._stack(observations)
             reward = torch.stack([r.reshape(self.copies) for r in rewards]).float()
             ended = terminated | truncated
             observation = final
             if ended.all():
-                observation = _stack(self._env.reset())
+                observation = self._stack(self._env.reset())
             elif ended.any():
                 for copy in ended.nonzero()[:, 0].tolist():
                     self._env.reset_at(copy, return_observations=False)
-                observation = _stack(self._env.get_from_scenario(True, False, False, False)[0])
+                observation = self._stack(self._env.get_from_scenario(True, False, False, False)[0])
         return Step(
             observation=observation,
             reward=reward,
@@ -200,7 +202,7 @@ class VmasEnv(VectorEnv):
         self.step(
             torch.zeros(shape, dtype=torch.int64)
             if isinstance(space, Discrete)
-            else space.low.expand(*shape, -1)
+            else (space.low[:, None] if space.low.dim() == 2 else space.low).expand(*shape, -1)
         )
         inside = {path: x for path, x in tensors.items() if path not in _RANDOM}
         restore(self._env, self._packages, inside, values)
@@ -223,17 +225,29 @@ class VmasEnv(VectorEnv):
             self._random = list(self._shared_random)
             self._shared_random[:] = others
 
-    def _spaces(self, kind: str, names: tuple[str, ...]) -> list[tuple[str, Any]]:
-        return list(zip(names, getattr(self._env, f"{kind}_space").spaces, strict=True))
+    def _stack(self, observations: list[Tensor]) -> Tensor:
+        if self.spec.observation_sizes is not None:
+            longest = self.spec.observation_size
+            observations = [functional.pad(x, (0, longest - x.shape[1])) for x in observations]
+        return torch.stack(observations).float()
 
-    def _action_space(self, names: tuple[str, ...], scenario: str) -> Discrete | Box:
-        spaces = self._spaces("action", names)
+    def _action_spaces(self) -> tuple[Discrete | Box, list[int]]:
+        """A space in which all agents' own have room, and the sizes of these."""
+        spaces = self._env.action_space.spaces
         if not self._env.continuous_actions:
-            counts = {name: int(getattr(space, "n", 0)) for name, space in spaces}
-            return Discrete(n=_only(counts, scenario, "action"))
-        _only({name: space.shape[0] for name, space in spaces}, scenario, "action")
-        space = spaces[0][1]
-        return Box(low=torch.tensor(space.low).float(), high=torch.tensor(space.high).float())
+            counts = [int(space.n) for space in spaces]
+            return Discrete(n=max(counts)), counts
+        sizes = [space.shape[0] for space in spaces]
+        low, high = (
+            torch.stack([
+                functional.pad(torch.tensor(bound).float(), (0, max(sizes) - len(bound)), value=end)
+                for bound in bounds
+            ])
+            for bounds, end in (([s.low for s in spaces], -1.0), ([s.high for s in spaces], 1.0))
+        )
+        if low.eq(low[0]).all() and high.eq(high[0]).all():
+            low, high = low[0], high[0]
+        return Box(low=low, high=high), sizes
 
 
 def _import_vmas() -> Any:  # noqa: ANN401 -- vmas has no types
@@ -243,10 +257,6 @@ def _import_vmas() -> Any:  # noqa: ANN401 -- vmas has no types
         import vmas.simulator.environment
 
     return vmas
-
-
-def _stack(observations: list[Tensor]) -> Tensor:
-    return torch.stack(observations).float()
 
 
 def _by_measure(infos: list[dict[str, Tensor]], copies: int) -> dict[str, Tensor]:
@@ -261,9 +271,5 @@ def _by_measure(infos: list[dict[str, Tensor]], copies: int) -> dict[str, Tensor
     }
 
 
-def _only(sizes: dict[str, int], scenario: str, kind: str) -> int:
-    if len(set(sizes.values())) != 1:
-        raise UsageError(
-            f"vmas/{scenario}: every agent must have the same {kind} size. Got {sizes}."
-        )
-    return next(iter(sizes.values()))
+def _if_they_differ(sizes: list[int]) -> tuple[int, ...] | None:
+    return tuple(sizes) if len(set(sizes)) > 1 else None
