@@ -28,7 +28,7 @@ CASES = {
     "padded": {
         "method": "hypermarl",
         "algorithm": "mappo",
-        "env": "vmas/simple_speaker_listener",
+        "env": "vmas/simple_world_comm",
         "env_args": {"max_steps": 12, "continuous_actions": False},
         "pad": True,
         "hypernetwork": {"hidden": [8]},
