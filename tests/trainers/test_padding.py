@@ -16,6 +16,7 @@ from trainers.config import TrainConfig
 from trainers.envs import make_env
 from trainers.envs.matrix_games import MatrixGame
 from trainers.envs.vector_env import Box
+from trainers.evaluation import evaluate
 from trainers.loop import Trainer
 from trainers.train import train_run
 
@@ -215,6 +216,22 @@ def test_padded_observations_are_not_normalised_together():
     with pytest.raises(UsageError, match=r"`normalise.observations` must be false where obs"):
         trainer("both", normalise={"observations": True})
     trainer("components", normalise={"observations": True})._next_update()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("case", ["actions", "components"])
+def test_evaluation_acts_within_the_agents_own_spaces(case, deterministic):
+    made = trainer(case)
+    played = evaluate(made, episodes=2, deterministic=deterministic).episodes
+    assert played.lengths.tolist() == [100, 100]
+    observation, mask = made.collector.observation, made.collector.env.action_mask()
+    assert mask is not None
+    theta = made.actor.policy_for(observation)
+    action, log_prob = made.policy.mode(theta, observation, mask)
+    if case == "actions":
+        assert mask.gather(-1, action[..., None]).all()
+    again, _ = made.policy.evaluate(theta, observation, action, mask)
+    torch.testing.assert_close(log_prob, again)
 
 
 class Turns(MatrixGame):

@@ -16,7 +16,14 @@ from trainers.train import train_run
 ROOT = Path(__file__).parents[2]
 NAMES = preset_names()
 GAMES = [name for name in NAMES if name.startswith(("specialisation", "synchronisation"))]
-TINY = {"frames": 2 * 16, "copies": 2, "steps": 8, "diagnostics": "off", "ppo": {"epochs": 1}}
+TINY = {
+    "frames": 2 * 16,
+    "copies": 2,
+    "steps": 8,
+    "diagnostics": "off",
+    "ppo": {"epochs": 1},
+    "evaluation": {"episodes": 2},
+}
 
 
 def config(name, **given):
@@ -74,7 +81,7 @@ def test_every_setting_of_a_file_has_its_source_beside_it_or_above(file):
     }
     if file.name.startswith("_"):
         settings = yaml.safe_load(text)["settings"]
-        for section in ("ppo", "network", "hypernetwork"):
+        for section in ("ppo", "network", "hypernetwork", "evaluation"):
             for name in settings.get(section, {}):
                 assert re.search(rf"^ +{name}: .*# \w|^ +{name}: .*# \[", text, re.MULTILINE), name
 
@@ -84,6 +91,7 @@ def test_every_setting_of_a_file_has_its_source_beside_it_or_above(file):
     [
         ("dispersion", {}, {"hypernetwork.embedding_size": 4, "frames": 20_000_000}),
         ("dispersion", {}, {"copies": 16, "steps": 128, "ppo.minibatches": 2, "ppo.clip": 0.2}),
+        ("dispersion", {}, {"evaluation.episodes": 32, "evaluation.seed": 42}),
         ("dispersion", {"algorithm": "mappo"}, {"hypernetwork.embedding_size": 8}),
         ("dispersion", {}, {"network.activation": "relu", "network.hidden": (64, 64)}),
         ("navigation-4ag-different", {}, {"agents": 4, "env_args.agents_with_same_goal": 1}),
