@@ -69,7 +69,13 @@ def _print_presets() -> None:
     from trainers.envs import environment_names
 
     here = set(environment_names())
-    shown = Table("preset", "environment", "agents", "algorithm", "in the paper", "runs here")
+    shown = Table(
+        Column("preset", no_wrap=True),  # to be copied, so never cut off
+        Column("environment", overflow="fold"),
+        "agents",
+        "in the paper",
+        "here",
+    )
     for name in preset_names():
         preset = load_preset(name)
         config = make_config(preset.under({}))
@@ -77,7 +83,6 @@ def _print_presets() -> None:
             name,
             config.env,
             str(config.agents),
-            config.algorithm,
             ", ".join(preset.algorithms),
             "yes" if config.env in here else "no",
         )
