@@ -30,7 +30,7 @@ def capture(root: object, packages: tuple[str, ...]) -> tuple[dict[str, Tensor],
     aliases: dict[str, str] = {}
     scalars: dict[str, Scalar] = {}
     first: dict[int, str] = {}
-    for path, leaf in _leaves(root, packages):
+    for path, leaf in leaves(root, packages):
         if not isinstance(leaf, Tensor):
             scalars[path] = leaf
         elif id(leaf) in first:
@@ -76,7 +76,16 @@ def restore(
         )
 
 
-def _leaves(root: object, packages: tuple[str, ...]) -> Iterator[tuple[str, Tensor | Scalar]]:
+def leaves(root: object, packages: tuple[str, ...]) -> Iterator[tuple[str, Tensor | Scalar]]:
+    """Find every tensor and plain scalar, as `capture` does.
+
+    Args:
+        root: The object.
+        packages: As for `capture`.
+
+    Returns:
+        Each one's path, and itself.
+    """
     found: list[tuple[str, Tensor | Scalar]] = []
 
     def note(path: str, present: Tensor | Scalar) -> Tensor | Scalar:
@@ -85,6 +94,27 @@ def _leaves(root: object, packages: tuple[str, ...]) -> Iterator[tuple[str, Tens
 
     _replace(root, "", packages, note, set())
     return iter(found)
+
+
+def leaf_at(root: Any, path: str) -> Tensor:  # noqa: ANN401
+    """Find a tensor by its path.
+
+    Args:
+        root: The object.
+        path: As in `leaves`.
+
+    Returns:
+        The tensor.
+    """
+    item = root
+    for name in path.split("/")[1:]:
+        if isinstance(item, list | tuple):
+            item = item[int(name)]
+        else:
+            held = item if isinstance(item, dict) else item.__dict__
+            item = held[name] if name in held else held[list(held)[int(name)]]
+    assert isinstance(item, Tensor)
+    return item
 
 
 def _replace(

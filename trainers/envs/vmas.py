@@ -6,17 +6,19 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
 from gradlab.checks import UsageError, check, unknown_name
 from trainers.envs.object_state import capture, restore
+from trainers.envs.starts import MADE_AT_ONCE, Starts
 from trainers.envs.vector_env import (
     Box,
     Discrete,
@@ -30,6 +32,7 @@ RENDERING_PACKAGES = ("libegl1", "libgl1", "libglu1-mesa", "libgl1-mesa-dri")
 """Debian's names of what VMAS draws with."""
 
 _RANDOM = ("/random/torch", "/random/numpy", "/random/python")
+_STARTS = "/starts"
 
 
 def scenario_files() -> dict[str, Path]:
@@ -101,25 +104,17 @@ class VmasEnv(VectorEnv):
         if agents is not None and "n_agents" in known:
             settings["n_agents"] = agents
         vmas = _import_vmas()
+        self._make = partial(_make, vmas, scenario, settings)
         self._shared_random: list[Any] = vmas.simulator.environment.Environment.vmas_random_state
         self._random = list(self._shared_random)
         try:
             with self._own_random():
-                self._env = vmas.make_env(
-                    scenario=scenario,
-                    num_envs=copies,
-                    device="cpu",
-                    seed=seed,
-                    clamp_actions=True,
-                    terminated_truncated=True,
-                    **settings,
-                )
+                self._env = self._make(copies, seed)
         except (AssertionError, TypeError, ValueError, RuntimeError) as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"vmas/{scenario} can't be made with {settings}: {cause}") from None
-        # VMAS loads a scenario's file as a module of its own.
-        own = type(self._env.scenario).__module__
-        self._packages = ("vmas", "torch.distributions", own)
+        self._packages = _packages(self._env)
+        self._starts: Starts | None = None  # until a copy finishes before the others
         names = tuple(agent.name for agent in self._env.agents)
         check(agents in {None, len(names)}, "agents", f"be {len(names)} in this scenario", agents)
         self.copies = copies
@@ -138,8 +133,9 @@ class VmasEnv(VectorEnv):
     @torch.no_grad()
     def reset(self) -> Float[Tensor, "agent copy obs"]:
         """See `VectorEnv.reset`."""
-        with self._own_random():
-            return self._stack(self._env.reset())
+        with self._own_random(), torch.inference_mode():
+            observations = self._env.reset()
+        return self._stack(observations)
 
     @torch.no_grad()
     def step(self, action: Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"]) -> Step:
@@ -147,22 +143,23 @@ class VmasEnv(VectorEnv):
         own: Iterable[Tensor] = action[..., None] if action.dim() == 2 else action
         if action.dim() == 3 and self.spec.action_sizes is not None:
             own = (a[:, :size] for a, size in zip(action, self.spec.action_sizes, strict=True))
-        with self._own_random():
+        # Inference mode makes small steps faster. Its tensors cannot be written to in other modes,
+        # so they stay in here; stacking and cloning makes ordinary ones.
+        with self._own_random(), torch.inference_mode():
             observations, rewards, terminated, truncated, infos = self._env.step(list(own))
-            final = self._stack(observations)
-            reward = torch.stack([r.reshape(self.copies) for r in rewards]).float()
-            ended = terminated | truncated
-            observation = final
-            if ended.all():
-                observation = self._stack(self._env.reset())
-            elif ended.any():
-                for copy in ended.nonzero()[:, 0].tolist():
-                    self._env.reset_at(copy, return_observations=False)
-                observation = self._stack(self._env.get_from_scenario(True, False, False, False)[0])
+        final = self._stack(observations)
+        reward = torch.stack([r.reshape(self.copies) for r in rewards]).float()
+        terminated = terminated.clone()
+        ended = terminated | truncated
+        observation = final
+        if ended.any():
+            with self._own_random(), torch.inference_mode():
+                observation = self._restart(ended, final)
+            observation = observation.clone()
         return Step(
             observation=observation,
             reward=reward,
-            terminated=terminated.clone(),
+            terminated=terminated,
             truncated=truncated & ~terminated,
             final_observation=final,
             info=_by_measure(infos, self.copies) if self._info else {},
@@ -172,7 +169,7 @@ class VmasEnv(VectorEnv):
     def render(self, copy: int) -> UInt8[np.ndarray, "height width 3"]:
         """See `VectorEnv.render`."""
         try:
-            with self._own_random():
+            with self._own_random(), torch.inference_mode():
                 frame = self._env.render(mode="rgb_array", env_index=copy)
         # A missing driver, library or display shows in as many ways as there are layers.
         except Exception as error:
@@ -183,6 +180,28 @@ class VmasEnv(VectorEnv):
             ) from None
         return np.ascontiguousarray(frame)
 
+    def _restart(
+        self, ended: Bool[Tensor, " copy"], final: Float[Tensor, "agent copy obs"]
+    ) -> Float[Tensor, "agent copy obs"]:
+        """Reset the finished copies; returns what all agents act on next."""
+        if ended.all():
+            return self._stack(self._env.reset())
+        copies, starts = ended.nonzero()[:, 0], self._own_starts()
+        if starts.possible:
+            return final.index_copy(1, copies, starts.into(self._env, copies))
+        for copy in copies.tolist():
+            self._env.reset_at(copy, return_observations=False)
+        return self._stack(self._env.get_from_scenario(True, False, False, False)[0])
+
+    def _own_starts(self) -> Starts:
+        if self._starts is None:
+            random = list(self._shared_random)
+            with torch.inference_mode(False), torch.no_grad():
+                env = self._make(MADE_AT_ONCE, seed=0)
+                self._starts = Starts(env, _packages(env), self._stack)
+            self._shared_random[:] = random
+        return self._starts
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See `VectorEnv.state`."""
         tensors, values = capture(self._env, self._packages)
@@ -192,6 +211,8 @@ class VmasEnv(VectorEnv):
             _RANDOM[1]: torch.from_numpy(keys.astype("int64")),
             _RANDOM[2]: torch.tensor(words),
         }
+        if self._starts is not None:
+            tensors |= {_STARTS + path: left for path, left in self._starts.state().items()}
         return tensors, values | {"numpy": [kind, rest], "python": [version, gauss]}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -204,7 +225,16 @@ class VmasEnv(VectorEnv):
             if isinstance(space, Discrete)
             else (space.low[:, None] if space.low.dim() == 2 else space.low).expand(*shape, -1)
         )
-        inside = {path: x for path, x in tensors.items() if path not in _RANDOM}
+        starts = {
+            name.removeprefix(_STARTS): x for name, x in tensors.items() if name.startswith(_STARTS)
+        }
+        if starts or self._starts is not None:
+            self._own_starts().load_state(starts)
+        inside = {
+            path: x
+            for path, x in tensors.items()
+            if path not in _RANDOM and not path.startswith(_STARTS)
+        }
         restore(self._env, self._packages, inside, values)
         kind, rest = values["numpy"]
         version, gauss = values["python"]
@@ -248,6 +278,29 @@ class VmasEnv(VectorEnv):
         if low.eq(low[0]).all() and high.eq(high[0]).all():
             low, high = low[0], high[0]
         return Box(low=low, high=high), sizes
+
+
+def _make(
+    vmas: Any,  # noqa: ANN401 -- vmas has no types
+    scenario: str,
+    settings: dict[str, Any],
+    copies: int,
+    seed: int,
+) -> Any:  # noqa: ANN401
+    return vmas.make_env(
+        scenario=scenario,
+        num_envs=copies,
+        device="cpu",
+        seed=seed,
+        clamp_actions=True,
+        terminated_truncated=True,
+        **settings,
+    )
+
+
+def _packages(env: Any) -> tuple[str, ...]:  # noqa: ANN401
+    """What the environment's state is made of; VMAS loads a scenario's file as a module."""
+    return "vmas", "torch.distributions", type(env.scenario).__module__
 
 
 def _import_vmas() -> Any:  # noqa: ANN401 -- vmas has no types
