@@ -78,6 +78,7 @@ class Trainer:
             [*self.actor.parameters(), *self.critic.parameters()],
             lr=config.ppo.learning_rate,
             eps=config.ppo.adam_epsilon,
+            fused=True,
         )
         self.collector = make_collector(config, env)
         self.updates_done = 0
@@ -256,8 +257,11 @@ class Trainer:
         self.last_return = math.nan if last is None else last
         self.random.set_state(checkpoint.tensors["random"])
         moments: dict[int, dict[str, Tensor]] = {}
+        parameters = self.optimiser.param_groups[0]["params"]
         for name, tensor in checkpoint.under("adam.").items():
             number, _, kind = name.partition(".")
+            if tensor.dim():  # fused Adam takes all to lie in memory as the parameter does
+                tensor = torch.empty_like(parameters[int(number)]).copy_(tensor)
             moments.setdefault(int(number), {})[kind] = tensor
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
         self.collector.env.load_state(checkpoint.under("env"), checkpoint.values["env"])

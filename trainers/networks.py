@@ -7,7 +7,6 @@ only its own parameters, in one batched product.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-Theta = dict[str, Tensor]
+from trainers.activations import ACTIVATIONS
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
+Theta = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ class MLP:
             Outputs.
         """
         *hidden, head = self.layers
-        activation = _ACTIVATIONS[self.activation]
+        activation = ACTIVATIONS[self.activation]
         for layer in hidden:
             x = activation(_linear(x, theta[f"{layer}.weight"], theta[f"{layer}.bias"]))
         return _linear(x, theta[f"{head}.weight"], theta[f"{head}.bias"])

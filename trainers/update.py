@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Generator as RandomGenerator
 from torch import Tensor
 
@@ -12,7 +13,11 @@ from trainers.config import PPOConfig
 from trainers.critic_input import CriticInput
 from trainers.finite import check_gradient, finite_mean
 from trainers.generators.generator import Generator
+from trainers.networks import Theta
 from trainers.ppo import PolicyLoss, Surrogate, normalise
+
+ROWS = 4096
+"""Samples of all agents together that go through the networks at once."""
 
 _OF_LAST_PASS = "mean over agents and samples of the last pass, each before its minibatch's step"
 
@@ -72,13 +77,10 @@ class Updater:
             kl, clipped = 0.0, 0.0
             order = torch.randperm(samples["advantage"].shape[1], generator=random)
             for part in order.tensor_split(config.minibatches):
-                batch = {name: tensor[:, part] for name, tensor in samples.items()}
-                policy, value, log_ratio = self._step(batch)
+                policy, value, moved, out = self._step(samples, part)
                 sums["policy_loss"] += policy
                 sums["value_loss"] += value
-                change = log_ratio.expm1()  # r - 1
-                kl += (change - log_ratio).mean().item() / config.minibatches
-                out = (change.abs() > config.clip).sum().item() / change.numel()
+                kl += moved / config.minibatches
                 clipped += out / config.minibatches
             epochs += 1
             if config.target_kl is not None and kl > config.target_kl:
@@ -94,22 +96,84 @@ class Updater:
             "epochs_done": Quantity.scalar(float(epochs), "passes", "exact"),
         }
 
-    def _step(self, batch: dict[str, Tensor]) -> tuple[float, float, Tensor]:
-        """Make one step; returns both losses and the samples' log-ratios before it."""
-        limit = self._config.max_gradient_norm
-        batch["advantage"] = normalise(batch["advantage"])
-        theta = self._actor.policy_for(batch["observation"])
-        losses, log_ratio = self._policy_loss.with_log_ratio(theta, batch)
-        policy = finite_mean("policy_loss", losses)
-        batch["observation"] = self._critic_input(batch["observation"])
-        theta = self._critic.policy_for(batch["observation"])
-        value = finite_mean("value_loss", self._value_loss(theta, batch))
+    def _step(
+        self, samples: Mapping[str, Tensor], part: Tensor
+    ) -> tuple[float, float, float, float]:
+        """Make one step on some of the samples.
+
+        Returns:
+            Both losses; and, of the policy before the step, approximate KL divergence and share of
+            clipped samples.
+        """
+        config = self._config
+        agents, places = len(samples["advantage"]), len(part)
+        advantage = normalise(samples["advantage"].index_select(1, part))
         self._optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward([policy, value])
-        check_gradient("actor", self._actor.clip_gradients(limit))
-        check_gradient("critic", self._critic.clip_gradients(limit))
+        actor, critic = Parameters(self._actor), Parameters(self._critic)
+        found = torch.zeros(4, dtype=torch.float64)
+        # Rows enough to multiply fast, few enough that what is kept for the backward pass stays in
+        # the processor's cache and in memory that the process has already.
+        for chunk in torch.arange(places).split(max(1, ROWS // agents)):
+            rows = part[chunk]
+            batch = {name: tensor.index_select(1, rows) for name, tensor in samples.items()}
+            batch["advantage"] = advantage[:, chunk]
+            losses, log_ratio = self._policy_loss.with_log_ratio(
+                actor.of(batch["observation"]), batch
+            )
+            batch["observation"] = self._critic_input(batch["observation"])
+            errors = self._value_loss(critic.of(batch["observation"]), batch)
+            share = len(rows) / places
+            policy = share * finite_mean("policy_loss", losses)
+            value = share * finite_mean("value_loss", errors)
+            torch.autograd.backward([policy, value])
+            log_ratio = log_ratio.detach()
+            change = log_ratio.expm1()  # r - 1
+            found += torch.stack([
+                policy.detach(),
+                value.detach(),
+                share * (change - log_ratio).mean(),
+                share * (change.abs() > config.clip).double().mean(),
+            ])
+        actor.backward()
+        critic.backward()
+        check_gradient("actor", self._actor.clip_gradients(config.max_gradient_norm))
+        check_gradient("critic", self._critic.clip_gradients(config.max_gradient_norm))
         self._optimiser.step()
-        return policy.item(), value.item(), log_ratio.detach()
+        policy_loss, value_loss, moved, clipped = found.tolist()
+        return policy_loss, value_loss, moved, clipped
+
+
+class Parameters:
+    """What a generator makes, made once; gradients are collected before they go through it."""
+
+    def __init__(self, generator: Generator) -> None:
+        """Make it.
+
+        Args:
+            generator: Makes all agents' parameters.
+        """
+        self._generator = generator
+        self._made: Theta = {} if generator.reads_observation else generator.all_agents()
+        self._leaves = {name: x.detach().requires_grad_() for name, x in self._made.items()}
+
+    def of(self, observation: Float[Tensor, "agent sample obs"]) -> Theta:
+        """Parameters for samples.
+
+        Args:
+            observation: What is seen in them.
+
+        Returns:
+            As `Generator.policy_for`.
+        """
+        if self._generator.reads_observation:
+            return self._generator.policy_for(observation)
+        return self._leaves
+
+    def backward(self) -> None:
+        """Take the gradients that were collected back to what is trained."""
+        found = {name: x.grad for name, x in self._leaves.items() if self._made[name].requires_grad}
+        if found:
+            torch.autograd.backward([self._made[name] for name in found], [*found.values()])
 
 
 def check_minibatches(minibatches: int, samples: int, agents: int) -> None:

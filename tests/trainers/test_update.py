@@ -53,7 +53,7 @@ def make(algorithm, method, env, **ppo):
     }
     with torch.no_grad():
         seen = rollout["observation"].flatten(1, 2)
-        action, log_prob = trainer.policy.sample(trainer.actor.all_agents(), seen, random)
+        action, log_prob = trainer.policy.sample(trainer.actor.policy_for(seen), seen, random)
     shape = (AGENTS, STEPS, COPIES)
     rollout["action"] = action.unflatten(1, shape[1:])
     rollout["log_prob"] = log_prob.unflatten(1, shape[1:]) + 0.1 * draw()
@@ -189,11 +189,15 @@ class Plain:
         return numbers | {"epochs_done": epochs}, clipped
 
 
+@pytest.mark.parametrize("rows", [6, 4096], ids=["chunks", "whole"])
 @pytest.mark.parametrize("target_kl", [None, 1e-4], ids=["all passes", "stopped"])
 @pytest.mark.parametrize("env", ["specialisation-temporal", "vmas/navigation"])
 @pytest.mark.parametrize("method", ["fups", "fups-id", "nops"])
 @pytest.mark.parametrize("algorithm", ["ippo", "mappo"])
-def test_update_is_that_of_a_plain_implementation(algorithm, method, env, target_kl):
+def test_update_is_that_of_a_plain_implementation(
+    monkeypatch, algorithm, method, env, target_kl, rows
+):
+    monkeypatch.setattr("trainers.update.ROWS", rows)  # 2, 2, 2 and 1 of a minibatch's 7 samples
     trainer, rollout = make(algorithm, method, env, target_kl=target_kl)
     ppo, plain = trainer.config.ppo, Plain(trainer)
     order = torch.Generator()
@@ -223,6 +227,23 @@ def test_update_is_that_of_a_plain_implementation(algorithm, method, env, target
             torch.testing.assert_close(parameter, psi[name.removeprefix("theta.")], **CLOSE)
     moved = [torch.dist(a, b) for a, b in zip(before, trainer.actor.parameters(), strict=True)]
     assert min(moved) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["hypermarl", "hypermarl-coupled"])
+def test_chunks_add_up_to_the_gradient_of_the_whole(monkeypatch, method):
+    ends = []
+    for rows in (6, 4096):
+        monkeypatch.setattr("trainers.update.ROWS", rows)
+        trainer, rollout = make("ippo", method, "vmas/navigation")
+        names = ("observation", "action", "log_prob", "value")
+        samples = {name: rollout[name].flatten(1, 2) for name in names}
+        samples |= {"advantage": rollout["reward"].flatten(1, 2)}
+        samples |= {"target": samples["advantage"] + samples["value"]}
+        before = torch.cat([p.detach().flatten().clone() for p in trainer.actor.parameters()])
+        trainer._update(samples)
+        ends.append(torch.cat([p.detach().flatten() for p in trainer.actor.parameters()]))
+        assert torch.dist(before, ends[-1]) > 1e-3
+    torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-10)
 
 
 def test_learning_rate_and_entropy_fall_linearly_over_the_run():

@@ -95,7 +95,7 @@ class FuPSID(Slices):
         super().__init__(mlp, agents, theta, own)
         self.observed = observed
         self._first = first
-        self.id_columns = nn.Parameter(weight[:, -agents:].mT.clone())  # [agent, hidden]
+        self.id_columns = nn.Parameter(weight[:, -agents:].mT.contiguous())  # [agent, hidden]
         if not observed:
             nothing = torch.zeros(mlp.layers[first])
             self.register_buffer("_withheld", nothing, persistent=False)
