@@ -187,7 +187,8 @@ def _samples(run: Run, network: str) -> str:
     if "samples" not in run.quantities:
         return "-"
     kept = int(run.quantity("samples").isel(update=-1).sel(network=network).min())
-    total = run.config.get("copies", 0) * run.config.get("steps", 0)
+    recurrent = run.config.get("network", {}).get("memory", "none") != "none"
+    total = run.config.get("copies", 0) * (1 if recurrent else run.config.get("steps", 0))
     return f"{kept:,} of {total:,}" if total else f"{kept:,}"
 
 

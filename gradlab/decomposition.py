@@ -137,11 +137,14 @@ def decompose(
             parameters that require a gradient are the trained ones. An optional method
             `layer_of(parameter_name)` names the layer of a trained parameter. If an attribute
             `reads_observation` is true it is called with agent numbers [n] and observations
-            [n, ...]; g_i is then the mean of J_t^T z_t.
+            [n, ...]; g_i is then the mean of J_t^T z_t. See `gradlab.factorise`.
         surrogate: Loss of one sample, given one agent's parameters (without the agent axis) and
             the sample (without agent and sample axes). Must work under `torch.func.vmap`.
         batch: Tensors [agent, sample, ...] by name, what `surrogate` reads.
-        mask: Which samples exist; all by default.
+        mask: Which samples exist; all by default. An agent that has left its episode has none: its
+            means are over those that it has, and what stands in the others' place, be it NaN,
+            changes nothing. Without any sample its Z_i and g_i are sums of nothing, 0, and all that
+            is estimated from them is NaN.
         context: Tensors [agent, ...] by name that each of the agent's samples holds as well.
         copy: The environment copy that each sample comes from. If given, estimates can leave out
             products within a copy, and have intervals. Samples that share anything, such as the
@@ -260,6 +263,7 @@ def _residual(
 ) -> float:
     """Compare the parts' sum with one ordinary backward pass, nothing taken apart."""
     psi = {name: p for name, p in generator.named_parameters() if p.requires_grad}
+    part = part.filled()
     weights = 1 / part.counts().clamp(min=1).to(next(iter(psi.values())).dtype)
     with torch.enable_grad(), explained():
         losses = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -31,6 +31,8 @@ from gradlab.quantity import Quantity, join
 
 PERMUTATIONS = 999
 """Random arrangements of the agents that a p-value is made from, where there are more."""
+
+_MASK = "mask"
 
 _ARRANGEMENT = (
     "embedding_cosine",
@@ -63,6 +65,7 @@ def measure_effects(
     batches: Mapping[str, Mapping[str, Tensor]],
     copy: Int[Tensor, " sample"],
     *,
+    mask: Bool[Tensor, "agent sample"] | None = None,
     behaviour: Behaviour,
     diagnosed: Mapping[str, Quantity],
     optimiser: torch.optim.Adam | None = None,
@@ -77,6 +80,7 @@ def measure_effects(
             them.
         copy: The environment copy that each sample comes from. Steps are made from every other
             copy, and the losses are those of the rest.
+        mask: Which samples exist; all by default.
         behaviour: What the agents do.
         diagnosed: What `Probe.diagnose` found in these batches.
         optimiser: Take the steps that this one would, see `gradlab.adam_preconditioner`; None:
@@ -103,7 +107,9 @@ def measure_effects(
         of_networks[name] = {}
         if optimiser is None or optimiser.state:
             with _noted(f"{name}, transference", findings):
-                of_networks[name] |= _transference(probe, name, batches[name], copy, optimiser)
+                of_networks[name] |= _transference(
+                    probe, name, batches[name], copy, mask, optimiser
+                )
         embedding = embedding_of(network.generator)
         if embedding is not None:
             with _noted(f"{name}, geometry", findings):
@@ -126,14 +132,22 @@ def _transference(
     name: str,
     batch: Mapping[str, Tensor],
     copy: Int[Tensor, " sample"],
+    mask: Bool[Tensor, "agent sample"] | None,
     optimiser: torch.optim.Adam | None,
 ) -> dict[str, Quantity]:
     network = probe.networks[name]
     # A loss's change is small beside the loss: in float32 the shortest would drown in rounding.
-    ours, held_out = split_copies(in_precision(batch, torch.float64), copy)
+    whole = in_precision(batch, torch.float64)
+    ours, held_out = split_copies(whole if mask is None else {**whole, _MASK: mask}, copy)
     weights = None if optimiser is None else adam_preconditioner(optimiser, network.generator)
     found = measure_transference(
-        probe.precise(name), network.surrogate, ours, held_out, preconditioner=weights
+        probe.precise(name),
+        network.surrogate,
+        ours,
+        held_out,
+        mask=ours.pop(_MASK, None),
+        held_out_mask=held_out.pop(_MASK, None),
+        preconditioner=weights,
     )
     if optimiser is None:
         return found

@@ -85,7 +85,9 @@ def factorise(
     Args:
         generator: As for `gradlab.decompose`; one whose attribute `reads_observation` is true is
             called with agent numbers [n] and observations [n, ...] and returns parameters [n, ...],
-            or [1, ...] where all share one.
+            or [1, ...] where all share one. Where a sample is a segment of several steps, it may
+            name in an attribute `made_by_step` those that it returns one of for each step,
+            [n, step, ...]; a sample's J is then the mean of its steps'.
         surrogate: Loss of one sample, as for `gradlab.decompose`.
         batch: Tensors [agent, sample, ...] by name, what `surrogate` reads; "observation" is what
             the generator reads.
@@ -118,7 +120,7 @@ def factorise(
     held = {**(context or {}), _AGENT: numbers}
     first = {name: tensor[0, 0] for name, tensor in batch.items()} | {_AGENT: numbers[0]}
     with torch.no_grad():
-        shapes = {name: t.shape for name, t in generate(psi, first).items()}
+        shapes = {name: t.shape for name, t in generate.mean(psi, first).items()}
     offsets = {_OFFSET + name: like.new_zeros(agents, *shape) for name, shape in shapes.items()}
 
     def whole(parameters: Theta, sample: dict[str, Tensor]) -> Tensor:
@@ -144,7 +146,7 @@ def factorise(
     z = moments.layout.unflatten(moments.mean.to(like.dtype))
 
     def product(parameters: Theta, sample: dict[str, Tensor]) -> Tensor:
-        theta = generate(_under(_PSI, parameters), sample)
+        theta = generate.mean(_under(_PSI, parameters), sample)
         return torch.stack([(t * sample[_WEIGHT + n]).sum() for n, t in theta.items()]).sum()
 
     weights = {_WEIGHT + name: tensor for name, tensor in z.items()}
@@ -195,6 +197,15 @@ class _Generate:
             arguments.append(sample[OBSERVATION][None])
         theta: Theta = functional_call(self.generator, psi, tuple(arguments))
         return {name: tensor.squeeze(0) for name, tensor in theta.items()}
+
+    def mean(self, psi: Theta, sample: Mapping[str, Tensor]) -> Theta:
+        """The same, the mean over a sample's steps where it has several."""
+        made: frozenset[str] = getattr(self.generator, "made_by_step", frozenset())
+        steps = tuple(range(sample[OBSERVATION].dim() - 1)) if made else ()
+        return {
+            name: tensor.mean(steps) if steps and name in made else tensor
+            for name, tensor in self(psi, sample).items()
+        }
 
 
 def _under(prefix: str, tensors: Theta) -> Theta:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gradlab.decomposition import decompose
@@ -75,6 +75,7 @@ class Probe:
         self,
         batches: Mapping[str, Mapping[str, Tensor]],
         copy: Int[Tensor, " sample"] | None = None,
+        mask: Bool[Tensor, "agent sample"] | None = None,
     ) -> dict[str, Quantity]:
         """Diagnose every network on its batch.
 
@@ -82,6 +83,8 @@ class Probe:
             batches: For each network tensors [agent, sample, ...] by name.
             copy: The environment copy that each sample comes from; without it there are no
                 debiased estimates.
+            mask: Which samples exist; all by default. What is measured of an agent without any is
+                NaN, and a finding says so.
 
         Returns:
             Quantities by name with a leading `network` axis, NaN for a layer that a network lacks;
@@ -96,13 +99,17 @@ class Probe:
             precise = self.precise(name)
             if self.level == "light":
                 parts = decompose(
-                    precise, network.surrogate, in_precision(batches[name], torch.float64)
+                    precise,
+                    network.surrogate,
+                    in_precision(batches[name], torch.float64),
+                    mask=mask,
                 )
             else:
                 parts = decompose(
                     network.generator,
                     network.surrogate,
                     batches[name],
+                    mask=mask,
                     copy=copy,
                     check=CHECKED_SAMPLES,
                     precise=precise,
@@ -135,13 +142,27 @@ class Probe:
                 estimator="diagnosed samples of each agent",
             )
             self.engines[name] = parts.moments.engines
-            self.findings += [
-                f"{name}, {sentence}" for sentence in non_finite(parts.moments, batches[name])
-            ]
+            sentences = without_samples(parts.moments) + non_finite(parts.moments, batches[name])
+            self.findings += [f"{name}, {sentence}" for sentence in sentences]
             embedding = embedding_of(network.generator)
             if embedding is not None:
                 embeddings[f"embedding_{name}"] = embedding
         return join(found, axis="network", union="layer") | embeddings
+
+
+def without_samples(moments: Moments) -> list[str]:
+    """Say which agents have no samples.
+
+    Args:
+        moments: Moments of the gradients.
+
+    Returns:
+        A sentence for each.
+    """
+    return [
+        f"agent {agent}: it acted in none of the diagnosed samples; what is measured of it is NaN."
+        for agent in (moments.count == 0).nonzero().flatten().tolist()
+    ]
 
 
 def non_finite(moments: Moments, batch: Mapping[str, Tensor]) -> list[str]:

@@ -32,8 +32,11 @@ def act(
     observation: Float[Tensor, "agent copy obs"],
     mask: Bool[Tensor, "agent copy action"] | None,
     random: RandomGenerator | None,
+    memory: Float[Tensor, "agent copy size"] | None = None,
 ) -> tuple[
-    Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"], Float[Tensor, "agent copy"]
+    Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"],
+    Float[Tensor, "agent copy"],
+    Float[Tensor, "agent copy size"] | None,
 ]:
     """Choose every agent's action in every copy.
 
@@ -43,11 +46,14 @@ def act(
         observation: What they see, normalised if that is asked for.
         mask: What they may do, as `VectorEnv.action_mask` says it.
         random: Draws the actions; None for each policy's mode.
+        memory: What recurrent policies remember before they see it, see `MLP.begin`.
 
     Returns:
-        Actions, to be turned into the environment's by `policy.to_env`, and their log-probabilities
-        (nats).
+        Actions, to be turned into the environment's by `policy.to_env`; their log-probabilities
+        (nats); and what the policies remember then, to be forgotten where the episode ends.
     """
+    parameters = theta(observation)
+    read, memory = policy.network.read_next(parameters, observation, memory)
     if random is None:
-        return policy.mode(theta(observation), observation, mask)
-    return policy.sample(theta(observation), observation, random, mask)
+        return *policy.mode(parameters, read, mask), memory
+    return *policy.sample(parameters, read, random, mask), memory

@@ -27,7 +27,8 @@ class PPOConfig(_Section):
     minibatches: PositiveInt = Field(
         4,
         description="parts that a rollout is cut into per pass, as even as can be (they differ by "
-        "one sample at most); no more than its samples, copies * steps",
+        "one sample at most); no more than its samples, copies * steps, or copies of recurrent "
+        "networks",
     )
     clip: Annotated[float, Field(gt=0)] = Field(0.2, description="clip range of the policy ratio")
     clip_value: bool = Field(True, description="clip the value loss by the same range")
@@ -58,6 +59,12 @@ class NetworkConfig(_Section):
 
     hidden: tuple[PositiveInt, ...] = Field((64, 64), description="widths of the hidden layers")
     activation: Literal["tanh", "relu"] = Field("tanh", description="hidden activation")
+    memory: Literal["none", "gru"] = Field(
+        "none",
+        description="gru: recurrent networks, with a dense layer and a gated recurrent unit before "
+        "the hidden layers; a sample is then a segment, all steps of one copy in a rollout",
+    )
+    memory_size: PositiveInt = Field(128, description="width of a recurrent network's memory")
     match: str | None = Field(
         None,
         description="widen or narrow the hidden layers until all agents' parameters together come "
@@ -174,8 +181,9 @@ class TrainConfig(_Section):
     )
     diagnosed_samples: PositiveInt | None = Field(
         None,
-        description="diagnose at most this many samples of each agent: whole time steps, spread "
-        "over the rollout (default: `every` times 512 for full, 128 for light)",
+        description="diagnose at most this many steps of each agent: whole time steps, spread "
+        "over the rollout; of recurrent networks all steps of some copies, at least 8 if there are "
+        "as many (default: `every` times 512 for full, 128 for light)",
     )
     every: PositiveInt = Field(10, description="diagnose every this many updates")
     effects_every: PositiveInt | None = Field(
@@ -207,6 +215,11 @@ class TrainConfig(_Section):
     def scheme(self) -> str:
         """The sharing scheme in a word: the actors' and the critics', if they differ."""
         return "+".join(dict.fromkeys(self.methods.values()))
+
+    @property
+    def recurrent_size(self) -> int | None:
+        """Size of the networks' memory; None for feed-forward ones."""
+        return None if self.network.memory == "none" else self.network.memory_size
 
     @property
     def updates(self) -> int:

@@ -9,8 +9,8 @@ CriticInput = Callable[[Tensor], Tensor]
 
 
 def own_observation(
-    observation: Float[Tensor, "agent sample obs"],
-) -> Float[Tensor, "agent sample obs"]:
+    observation: Float[Tensor, "agent *sample obs"],
+) -> Float[Tensor, "agent *sample obs"]:
     """Each agent's value from what it sees itself (IPPO; de Witt et al., 2020).
 
     Args:
@@ -23,8 +23,8 @@ def own_observation(
 
 
 def joint_observation(
-    observation: Float[Tensor, "agent sample obs"],
-) -> Float[Tensor, "agent sample joint"]:
+    observation: Float[Tensor, "agent *sample obs"],
+) -> Float[Tensor, "agent *sample joint"]:
     """Each agent's value from what all agents see (MAPPO; Yu et al., 2022).
 
     Args:
@@ -35,7 +35,8 @@ def joint_observation(
         agent, a view that takes the memory of one.
     """
     agents = len(observation)
-    return observation.transpose(0, 1).flatten(1).expand(agents, -1, -1)
+    joint = observation.movedim(0, -2).flatten(-2)
+    return joint.expand(agents, *joint.shape)
 
 
 CRITIC_INPUTS: dict[str, CriticInput] = {"ippo": own_observation, "mappo": joint_observation}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from trainers.generators.generator import LOG_STD, Generator
 from trainers.loop import Trainer
+from trainers.memory import ENCODER, GRU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +87,19 @@ def describe_generator(network: str, method: str, generator: Generator) -> Netwo
     for name, parameter in generator.named_parameters():
         layer = generator.layer_of(name)
         trained[layer] = trained.get(layer, 0) + parameter.numel()
-    forms = {
-        name: (f"{inputs} -> {outputs}", outputs * (inputs + 1))
-        for name, (outputs, inputs) in mlp.layers.items()
-    }
+    forms: dict[str, tuple[str, int]] = {}
+    if mlp.memory is not None:
+        size = mlp.memory.size
+        forms[ENCODER] = (f"{mlp.memory.inputs} -> {size}", size * (mlp.memory.inputs + 1))
+        forms[GRU] = (f"{size} -> {size}", 6 * size * (size + 1))
+    for name, (outputs, inputs) in mlp.layers.items():
+        forms[name] = (f"{inputs} -> {outputs}", outputs * (inputs + 1))
     if mlp.log_std_size:
         forms[LOG_STD] = (str(mlp.log_std_size), mlp.log_std_size)
     return NetworkDescription(
         network=network,
         method=method,
-        widths=mlp.sizes,
+        widths=mlp.sizes if mlp.memory is None else (mlp.memory.inputs, *mlp.sizes),
         activation=mlp.activation,
         layers=tuple(
             Layer(name=name, form=form, theta=theta, psi=trained.get(name, 0))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradlab.effects import Behaviour, measure_effects
+from gradlab.estimates import FEWEST
 from gradlab.metrics.diversity import shared_observations
 from gradlab.probe import Level, Network, Probe
 from gradlab.quantity import Quantity
@@ -15,6 +16,7 @@ from trainers.generators.generator import Generator
 from trainers.policies import Policy
 from trainers.ppo import normalise
 from trainers.rollout import Rollout
+from trainers.samples import exist, of_network
 
 DIAGNOSED_SAMPLES: dict[Level, int] = {"off": 1, "light": 128, "full": 512}
 """Samples of each agent that a diagnosis looks at by default, for each update since the last.
@@ -81,14 +83,15 @@ class Diagnosis:
         )
         if config.diagnostics == "off" or not (of_effects or update % config.every == 0):
             return {}
-        batches, copy = self._batches(rollout)
-        found = self.probe.diagnose(batches, copy)
+        batches, copy, mask = self._batches(rollout)
+        found = self.probe.diagnose(batches, copy, mask)
         self.findings += self.probe.findings
         if of_effects:
             effects, findings = measure_effects(
                 self.probe,
                 batches,
                 copy,
+                mask=mask,
                 behaviour=self._behaviour(update, rollout),
                 diagnosed=found,
                 optimiser=self._optimiser if config.effects_preconditioned else None,
@@ -97,24 +100,37 @@ class Diagnosis:
             self.findings += findings
         return found
 
-    def _batches(self, rollout: Rollout) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-        """What each network is diagnosed on, and the environment copy of each sample."""
+    def _batches(
+        self, rollout: Rollout
+    ) -> tuple[dict[str, dict[str, Tensor]], Tensor, Tensor | None]:
+        """What each network is diagnosed on, each sample's copy, and which samples there are."""
         config = self._config
         most = config.diagnosed_samples or DIAGNOSED_SAMPLES[config.diagnostics] * config.every
-        steps = spread(config.steps, max(1, most // config.copies))
-        samples = rollout.samples | {"advantage": normalise(rollout.samples["advantage"])}
+        samples = dict(rollout.samples)
+        samples["advantage"] = normalise(samples["advantage"], samples.get("active"))
+        if config.recurrent_size is not None:
+            copies = spread(config.copies, max(FEWEST, most // config.steps))
+            samples = {name: tensor[:, copies] for name, tensor in samples.items()}
+            copy, mask = copies, exist(samples)
+        else:
+            steps = spread(config.steps, max(1, most // config.copies))
+            samples = {
+                name: tensor.unflatten(1, (config.steps, -1))[:, steps].flatten(1, 2)
+                for name, tensor in samples.items()
+            }
+            copy, mask = torch.arange(config.copies).repeat(len(steps)), samples.pop("active", None)
         batches = {
             network: {
-                name: samples[name].unflatten(1, (config.steps, -1))[:, steps].flatten(1, 2)
-                for name in _READ[network]
-                if name in samples
+                name: tensor
+                for name, tensor in of_network(samples, network).items()
+                if name in (*_READ[network], "memory", "starts", "active")
             }
             for network in self.probe.networks
         }
         if "critic" in batches:
             critic_observation = CRITIC_INPUTS[config.algorithm](batches["critic"]["observation"])
             batches["critic"]["observation"] = critic_observation
-        return batches, torch.arange(config.copies).repeat(len(steps))
+        return batches, copy, mask
 
     @torch.no_grad()
     def _behaviour(self, update: int, rollout: Rollout) -> Behaviour:
@@ -122,18 +138,58 @@ class Diagnosis:
         config = self._config
         # From seed and update alone, so that a resumed training draws the same.
         random = torch.Generator().manual_seed((config.seed << 32) + update)
-        observation, copy = shared_observations(
-            rollout.samples["observation"],
-            SHARED_OBSERVATIONS,
-            random,
-            copy=torch.arange(config.copies).repeat(config.steps),
-        )
+        draw = self._observations if config.recurrent_size is None else self._segments
+        shared, copy, acted = draw(rollout.samples, random)
         actor = self.probe.precise("actor")
         assert isinstance(actor, Generator)
-        shared = observation.double().expand(actor.agents, *observation.shape)
-        return Behaviour(
-            policies=self._policy.distribution(actor.policy_for(shared), shared), copy=copy
+        shared = {name: t.expand(actor.agents, *t.shape) for name, t in shared.items()}
+        theta = actor.policy_for(shared["observation"])
+        policies = self._policy.distribution(theta, self._policy.network.read(theta, shared))
+        if acted is not None:
+            policies = {name: t.flatten(1, 2)[:, acted] for name, t in policies.items()}
+        return Behaviour(policies=policies, copy=copy)
+
+    def _observations(
+        self, samples: Mapping[str, Tensor], random: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor, None]:
+        """Draw observations, and their copies."""
+        observation, copy = shared_observations(
+            samples["observation"],
+            SHARED_OBSERVATIONS,
+            random,
+            copy=torch.arange(self._config.copies).repeat(self._config.steps),
+            mask=samples.get("active"),
         )
+        return {"observation": observation.double()}, copy, None
+
+    def _segments(
+        self, samples: Mapping[str, Tensor], random: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Draw segments, followed from an empty memory; the copies of the steps acted in; which.
+
+        What one agent's memory holds before a segment means nothing to another's.
+        """
+        config = self._config
+        observation = samples["observation"]
+        active = samples.get("active", torch.ones_like(samples["starts"]))
+        whole = torch.cat([observation, active[..., None].to(observation.dtype)], dim=-1)
+        drawn, copy = shared_observations(
+            whole.flatten(2),
+            max(1, SHARED_OBSERVATIONS // config.steps),
+            random,
+            copy=torch.arange(config.copies),
+            mask=exist(samples),
+        )
+        drawn = drawn.unflatten(1, (config.steps, -1)).double()
+        acted = (drawn[..., -1] > 0).flatten()
+        size = config.recurrent_size
+        assert size is not None
+        shared = {
+            "observation": drawn[..., :-1],
+            "starts": samples["starts"][0, copy],
+            "memory": drawn.new_zeros(len(drawn), size),
+        }
+        return shared, copy.repeat_interleave(config.steps)[acted], acted
 
 
 def spread(total: int, most: int) -> Tensor:

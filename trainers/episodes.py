@@ -111,20 +111,20 @@ def play_episodes(
     policy: Policy,
     theta: Callable[[Tensor], Theta],
     *,
-    scaled: Callable[[Tensor], Tensor] = lambda observation: observation,
+    scaled: Callable[[Tensor, Tensor], Tensor] = lambda observation, _: observation,
     random: RandomGenerator | None = None,
     watch: Watch = lambda _: None,
 ) -> Episodes:
     """Play the first episode of every copy to its end.
 
     A copy that has finished waits until all have: what it does meanwhile counts for nothing, so
-    short episodes count no more than long ones.
+    short episodes count no more than long ones. An agent that has left its episode earns nothing.
 
     Args:
         env: A new environment, whose every episode ends some day. One copy for each episode.
         policy: The policies' form.
         theta: Their parameters, given what they see.
-        scaled: What the policies read of an observation.
+        scaled: What the policies read of an observation, and of which agents act on it.
         random: Draws the actions; None for each policy's mode.
         watch: Shown the first copy's episode; the state in which it ends is gone by then, since
             finished copies reset themselves.
@@ -140,19 +140,24 @@ def play_episodes(
     lengths = torch.zeros(env.copies, dtype=torch.int64)
     metrics: dict[str, Tensor] = {}
     observation = env.reset()
+    active = torch.ones(env.spec.agents, env.copies, dtype=torch.bool)
+    memory = policy.network.begin(env.spec.agents, env.copies)
     while True:
         if playing[0]:
             watch(env)
         check_finite("observation in the evaluation", observation, ("agent", "copy"))
-        action, _ = act(policy, theta, scaled(observation), env.action_mask(), random)
-        step = env.step(policy.to_env(action))
+        action, _, memory = act(
+            policy, theta, scaled(observation, active), env.action_mask(), random, memory
+        )
+        step = env.step(policy.to_env(action)).of_active(active)
         check_finite("reward in the evaluation", step.reward, ("agent", "copy"))
         returns += torch.where(playing, step.reward, 0)
         lengths += playing
         for name, value in step.info.items():
             so_far = metrics.setdefault(name, torch.zeros_like(returns))
             so_far += torch.where(playing, value, 0)
-        playing &= ~(step.terminated | step.truncated)
+        playing &= ~step.ended
         if not playing.any():
             return Episodes(returns=returns, lengths=lengths, metrics=metrics)
-        observation = step.observation
+        observation, active = step.observation, step.act_next
+        # A memory is not emptied where an episode ends: what follows counts for nothing.

@@ -9,7 +9,7 @@ def advantages(
     reward: Float[Tensor, "agent time copy"],
     value: Float[Tensor, "agent time copy"],
     next_value: Float[Tensor, "agent time copy"],
-    terminated: Bool[Tensor, "time copy"],
+    terminated: Bool[Tensor, "*each time copy"],
     truncated: Bool[Tensor, "time copy"],
     *,
     discount: float,
@@ -24,7 +24,8 @@ def advantages(
         reward: Reward of each step.
         value: Value of the observation that was acted on.
         next_value: Value of the observation that followed, before any reset.
-        terminated: The episode ended in a terminal state: its value is not used.
+        terminated: The episode ended in a terminal state, or, with a leading axis of agents, the
+            agent left it: the value of what follows is not used.
         truncated: The episode was cut off: the value of its last observation is used.
         discount: Gamma.
         gae_lambda: Lambda.
@@ -37,6 +38,6 @@ def advantages(
     result = torch.empty_like(delta)
     running = torch.zeros_like(delta[:, 0])
     for time in reversed(range(delta.shape[1])):
-        running = delta[:, time] + keep[time] * running
+        running = delta[:, time] + keep[..., time, :] * running
         result[:, time] = running
     return result

@@ -28,7 +28,7 @@ from trainers.episodes import Episodes, Watch, play_episodes
 from trainers.finite import NotFinite
 from trainers.generators import make_generator
 from trainers.generators.generator import Generator
-from trainers.networks import MLP
+from trainers.networks import MLP, make_network
 from trainers.policies import make_policy
 from trainers.ppo import policy_loss, value_loss
 from trainers.rollout import Rollout, make_collector
@@ -58,18 +58,23 @@ class Trainer:
         self.spec: EnvSpec = env.spec
         if not config.pad:
             check_equal_spaces(self.spec)
-        check_minibatches(config.ppo.minibatches, config.copies * config.steps, env.spec.agents)
+        recurrent = config.recurrent_size is not None
+        samples = config.copies * (1 if recurrent else config.steps)
+        check_minibatches(config.ppo.minibatches, samples, env.spec.agents, recurrent=recurrent)
         critic_input = CRITIC_INPUTS[config.algorithm]
         seen = critic_input(torch.empty(env.spec.agents, 1, env.spec.observation_size)).shape[-1]
-        hidden, activation = config.network.hidden, config.network.activation
+        form: dict[str, Any] = {
+            "hidden": config.network.hidden,
+            "activation": config.network.activation,
+            "memory_size": config.recurrent_size,
+        }
         policy = make_policy(
             env.spec.observation_size,
             env.spec.action_space,
-            hidden=hidden,
-            activation=activation,
             action_mask=env.spec.action_mask,
+            **form,
         )
-        value = MLP(sizes=(seen, *hidden, 1), activation=activation, head_gain=1.0)
+        value = make_network(seen, 1, head_gain=1.0, **form)
         self.actor = self._generator("actor", policy.network)
         self.critic = self._generator("critic", value)
         self.policy = replace(policy, network=self.actor.mlp)
@@ -221,10 +226,13 @@ class Trainer:
         tensors = {
             "random": self.random.get_state(),
             "collector.observation": self.collector.observation,
+            "collector.active": self.collector.active,
             "collector.running_return": self.collector.running_return,
             "collector.running_length": self.collector.running_length,
             **{f"env{path}": tensor for path, tensor in env_tensors.items()},
         }
+        for network, held in self.collector.memory.items():
+            tensors[f"memory.{network}"] = held
         for kind, normaliser in self.collector.normalisers.items():
             for name, tensor in normaliser.state().items():
                 tensors[f"normaliser.{kind}.{name}"] = tensor
@@ -265,6 +273,7 @@ class Trainer:
             moments.setdefault(int(number), {})[kind] = tensor
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
         self.collector.env.load_state(checkpoint.under("env"), checkpoint.values["env"])
+        self.collector.memory |= checkpoint.under("memory.")
         for name, tensor in checkpoint.under("collector.").items():
             setattr(self.collector, name, tensor)
 

@@ -7,14 +7,16 @@ only its own parameters, in one batched product.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from trainers.activations import ACTIVATIONS
+from trainers.linear import linear
+from trainers.memory import ENCODER, Memory
 
 Theta = dict[str, Tensor]
 
@@ -29,12 +31,14 @@ class MLP:
         head_gain: Gain of the last layer's orthogonal initialisation; that of the others is
             sqrt 2.
         log_std_size: Length of the free vector `log_std` of a Gaussian policy; 0 for none.
+        memory: What comes before the layers in a recurrent network; they read its state.
     """
 
     sizes: tuple[int, ...]
     activation: str
     head_gain: float
     log_std_size: int = 0
+    memory: Memory | None = None
 
     @property
     def layers(self) -> dict[str, tuple[int, int]]:
@@ -44,9 +48,40 @@ class MLP:
         return dict(zip(names, shapes, strict=True))
 
     @property
+    def remembering(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter of the memory by name; none without one."""
+        return {} if self.memory is None else self.memory.shapes
+
+    @property
+    def first(self) -> str:
+        """Name of the layer that reads the observation."""
+        return ENCODER if self.memory is not None else next(iter(self.layers))
+
+    @property
+    def observation_size(self) -> int:
+        """Length of what is observed."""
+        return self.sizes[0] if self.memory is None else self.memory.inputs
+
+    @property
+    def outputs_of_first(self) -> int:
+        """Width of the layer that reads the observation."""
+        return self.sizes[1] if self.memory is None else self.memory.size
+
+    @property
     def size(self) -> int:
         """Number of weights and biases, without `log_std`."""
+        return self.size_of_layers + sum(math.prod(shape) for shape in self.remembering.values())
+
+    @property
+    def size_of_layers(self) -> int:
+        """The same without the memory."""
         return sum(outputs * (inputs + 1) for outputs, inputs in self.layers.values())
+
+    def without_observation(self) -> "MLP":
+        """The same network with nothing to read."""
+        if self.memory is not None:
+            return replace(self, memory=replace(self.memory, inputs=0))
+        return replace(self, sizes=(0, *self.sizes[1:]))
 
     def gain(self, layer: str) -> float:
         """Gain of a layer's orthogonal initialisation.
@@ -62,12 +97,13 @@ class MLP:
     def forward(
         self, theta: Theta, x: Float[Tensor, "*batch inputs"]
     ) -> Float[Tensor, "*batch outputs"]:
-        """Apply the network.
+        """Apply the layers.
 
         Args:
             theta: Parameters by name, "layer0.weight" [outputs, inputs] and so on; or each with a
-                leading axis [agent] or [1], or axes [agent, sample].
-            x: Inputs; [agent, sample, inputs] if the parameters have an agent axis.
+                leading axis [agent] or [1], or as many as x has rows, see `trainers.linear`.
+            x: What they read, see `read`; [agent, *batch, inputs] if the parameters have an agent
+                axis.
 
         Returns:
             Outputs.
@@ -75,20 +111,56 @@ class MLP:
         *hidden, head = self.layers
         activation = ACTIVATIONS[self.activation]
         for layer in hidden:
-            x = activation(_linear(x, theta[f"{layer}.weight"], theta[f"{layer}.bias"]))
-        return _linear(x, theta[f"{head}.weight"], theta[f"{head}.bias"])
+            x = activation(linear(x, theta[f"{layer}.weight"], theta[f"{layer}.bias"]))
+        return linear(x, theta[f"{head}.weight"], theta[f"{head}.bias"])
 
+    def read(self, theta: Theta, sample: Mapping[str, Tensor]) -> Float[Tensor, "*batch inputs"]:
+        """What the layers read of samples.
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if weight.dim() == 2:
-        return functional.linear(x, weight, bias)
-    if weight.dim() == 4:
-        return (weight @ x[..., None]).squeeze(-1) + bias
-    if weight.shape[0] > 1:
-        return torch.baddbmm(bias[:, None], x, weight.mT)
-    if bias.shape[0] > 1:
-        return functional.linear(x, weight[0]) + bias[:, None]
-    return functional.linear(x, weight[0], bias[0])
+        Args:
+            theta: Parameters, as for `forward`.
+            sample: Samples by name: `observation`; of a recurrent network, whose sample is a
+                segment of a trajectory, [*batch, time, obs], with the `memory` [*batch, size]
+                before it, and `starts` [*batch, time], where an episode begins.
+
+        Returns:
+            The observations, or the memory's state after each step.
+        """
+        observation = sample["observation"]
+        if self.memory is None:
+            return observation
+        return self.memory.over_time(theta, observation, sample["memory"], sample["starts"])
+
+    def begin(self, agents: int, copies: int) -> Float[Tensor, "agent copy size"] | None:
+        """What the memory holds when episodes begin.
+
+        Args:
+            agents: Number of agents.
+            copies: Number of copies.
+
+        Returns:
+            Empty states; None without a memory.
+        """
+        return None if self.memory is None else self.memory.empty(agents, copies)
+
+    def read_next(
+        self, theta: Theta, observation: Float[Tensor, "agent copy obs"], state: Tensor | None
+    ) -> tuple[Float[Tensor, "agent copy inputs"], Tensor | None]:
+        """What the layers read of one step.
+
+        Args:
+            theta: Parameters with an agent axis.
+            observation: What all agents see.
+            state: What their memory holds [agent, copy, size]; None without one.
+
+        Returns:
+            What they read, and what the memory holds then.
+        """
+        if self.memory is None:
+            return observation, None
+        assert state is not None
+        state = self.memory.over_time(theta, observation[:, :, None], state)[:, :, 0]
+        return state, state
 
 
 def per_agent(parameter: Tensor, x: Tensor) -> Tensor:
@@ -97,9 +169,45 @@ def per_agent(parameter: Tensor, x: Tensor) -> Tensor:
     Args:
         parameter: A vector [size], one with an agent axis [agent, size] or [1, size], or one for
             every sample [agent, sample, size].
-        x: A tensor [*batch, size], with batch axes [agent, sample] in the latter cases.
+        x: A tensor [*batch, size], with batch axes [agent, *sample] in the latter cases.
 
     Returns:
         The parameter, ready to be broadcast against `x`.
     """
-    return parameter[:, None].expand_as(x) if parameter.dim() == 2 else parameter
+    if parameter.dim() != 2:
+        return parameter
+    return parameter.view(len(parameter), *[1] * (x.dim() - 2), -1).expand_as(x)
+
+
+def make_network(
+    observation_size: int,
+    outputs: int,
+    *,
+    hidden: tuple[int, ...],
+    activation: str,
+    memory_size: int | None,
+    head_gain: float,
+    log_std_size: int = 0,
+) -> MLP:
+    """Make a feed-forward or recurrent network's form.
+
+    Args:
+        observation_size: Length of what it observes.
+        outputs: Number of outputs.
+        hidden: Widths of the hidden layers.
+        activation: As for `MLP`.
+        memory_size: Size of the memory before them; None for none.
+        head_gain: As for `MLP`.
+        log_std_size: As for `MLP`.
+
+    Returns:
+        The form.
+    """
+    memory = None if memory_size is None else Memory(inputs=observation_size, size=memory_size)
+    return MLP(
+        sizes=(memory_size or observation_size, *hidden, outputs),
+        activation=activation,
+        head_gain=head_gain,
+        log_std_size=log_std_size,
+        memory=memory,
+    )

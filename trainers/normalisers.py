@@ -88,13 +88,13 @@ class ObservationNormaliser:
         self.moments = RunningMoments(observation_size)
         self._clip = clip
 
-    def learn(self, observation: Float[Tensor, "agent copy obs"]) -> None:
+    def learn(self, observation: Float[Tensor, "sample obs"]) -> None:
         """Take observations into the running moments.
 
         Args:
-            observation: What agents act on.
+            observation: What agents act on, at least one.
         """
-        self.moments.add(observation.flatten(0, 1))
+        self.moments.add(observation)
 
     def __call__(
         self, observation: Float[Tensor, "agent copy obs"]
@@ -145,19 +145,24 @@ class RewardNormaliser:
         self._clip = clip
 
     def __call__(
-        self, reward: Float[Tensor, "agent copy"], ended: Bool[Tensor, " copy"]
+        self,
+        reward: Float[Tensor, "agent copy"],
+        ended: Bool[Tensor, " copy"],
+        acted: Bool[Tensor, "agent copy"],
     ) -> Float[Tensor, "agent copy"]:
         """Learn from one step's rewards, and scale them.
 
         Args:
             reward: What the environment paid.
             ended: Where an episode ended with this step.
+            acted: Which agents were still in their episode; the others' returns are not learned.
 
         Returns:
             What the critic learns from, cut off at plus and minus `clip`.
         """
         self.returns = self._discount * self.returns + reward
-        self.moments.add(self.returns.flatten())
+        if acted.any():
+            self.moments.add(self.returns[acted])
         self.returns = self.returns * ~ended
         scaled = reward / self.moments.deviation()
         return scaled.clamp(-self._clip, self._clip).to(reward.dtype)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from trainers.envs.vector_env import Box, Discrete
 from trainers.finite import check_finite
-from trainers.networks import MLP, Theta, per_agent
+from trainers.networks import MLP, Theta, make_network, per_agent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Policy(ABC):
 
         Args:
             theta: Policy parameters with an agent axis.
-            observation: Observations [agent, sample, obs].
+            observation: What the network's layers read [agent, sample, inputs], see `MLP.read`.
             generator: Source of randomness.
             mask: What may be done [agent, sample, action]; None: everything.
 
@@ -62,7 +62,7 @@ class Policy(ABC):
 
         Args:
             theta: Policy parameters with an agent axis.
-            observation: Observations [agent, sample, obs].
+            observation: What the network's layers read [agent, sample, inputs], see `MLP.read`.
             mask: What may be done [agent, sample, action]; None: everything.
 
         Returns:
@@ -80,7 +80,7 @@ class Policy(ABC):
 
         Args:
             theta: Policy parameters, with or without an agent axis.
-            observation: Observations [*batch, obs].
+            observation: What the network's layers read [*batch, inputs], see `MLP.read`.
             action: Actions [*batch] or [*batch, action].
             mask: What could be done [*batch, action]; None: everything.
 
@@ -94,7 +94,7 @@ class Policy(ABC):
 
         Args:
             theta: Policy parameters with an agent axis.
-            observation: Observations [agent, sample, obs].
+            observation: What the network's layers read [agent, *sample, inputs], see `MLP.read`.
 
         Returns:
             Tensors [agent, sample, ...] by name, as `gradlab.diversity` takes them: `logits` of
@@ -263,6 +263,7 @@ def make_policy(
     hidden: tuple[int, ...],
     activation: str,
     action_mask: Tensor | None = None,
+    memory_size: int | None = None,
 ) -> Policy:
     """Make the policy that fits an action space.
 
@@ -272,15 +273,19 @@ def make_policy(
         hidden: Widths of the hidden layers.
         activation: "tanh" or "relu".
         action_mask: What each agent may do [agent, action], if not all of them everything.
+        memory_size: Size of a recurrent policy's memory; None: it has none.
 
     Returns:
         The policy; its head starts with gain 0.01, so that first actions hardly depend on it.
     """
     discrete = isinstance(action_space, Discrete)
     outputs = action_space.n if isinstance(action_space, Discrete) else action_space.size
-    network = MLP(
-        sizes=(observation_size, *hidden, outputs),
+    network = make_network(
+        observation_size,
+        outputs,
+        hidden=hidden,
         activation=activation,
+        memory_size=memory_size,
         head_gain=0.01,
         log_std_size=0 if discrete else outputs,
     )

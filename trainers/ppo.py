@@ -8,6 +8,7 @@ from torch import Tensor
 from trainers.config import PPOConfig
 from trainers.networks import MLP, Theta
 from trainers.policies import Policy
+from trainers.samples import of_samples
 
 Surrogate = Callable[[Theta, dict[str, Tensor]], Tensor]
 
@@ -30,7 +31,8 @@ class PolicyLoss:
         Args:
             theta: Policy parameters.
             sample: Samples by name: `observation`, `action`, `log_prob`, `advantage`, and where not
-                everything could be done `action_mask`.
+                everything could be done `action_mask`; see `trainers.samples` for those of a
+                recurrent policy, whose loss is the mean over its steps.
 
         Returns:
             The losses.
@@ -45,17 +47,31 @@ class PolicyLoss:
             sample: Samples by name, as above.
 
         Returns:
-            The losses, and the logarithms of the actions' probabilities over those with which they
-            were drawn.
+            The losses, and for each step the logarithm of the action's probability over that with
+            which it was drawn.
         """
-        log_prob, entropy = self._policy.evaluate(
-            theta, sample["observation"], sample["action"], sample.get("action_mask")
-        )
+        log_prob, entropy = evaluated(self._policy, theta, sample)
         log_ratio = log_prob - sample["log_prob"]
         ratio = torch.exp(log_ratio)
         clipped = ratio.clamp(1 - self._clip, 1 + self._clip)
         gain = torch.minimum(ratio * sample["advantage"], clipped * sample["advantage"])
-        return -gain - self.entropy_coefficient * entropy, log_ratio
+        loss = -gain - self.entropy_coefficient * entropy
+        return of_samples(loss, sample), log_ratio
+
+
+def evaluated(policy: Policy, theta: Theta, sample: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the actions of samples, and the entropies there.
+
+    Args:
+        policy: The policy.
+        theta: Its parameters.
+        sample: Samples by name, as for `PolicyLoss`.
+
+    Returns:
+        Both, one for each step (nats).
+    """
+    read = policy.network.read(theta, sample)
+    return policy.evaluate(theta, read, sample["action"], sample.get("action_mask"))
 
 
 def policy_loss(policy: Policy, config: PPOConfig) -> PolicyLoss:
@@ -88,10 +104,8 @@ def policy_gradient_loss(policy: Policy, entropy_coefficient: float = 0.0) -> Su
     """
 
     def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
-        log_prob, entropy = policy.evaluate(
-            theta, sample["observation"], sample["action"], sample.get("action_mask")
-        )
-        return -sample["advantage"] * log_prob - entropy_coefficient * entropy
+        log_prob, entropy = evaluated(policy, theta, sample)
+        return of_samples(-sample["advantage"] * log_prob - entropy_coefficient * entropy, sample)
 
     return loss
 
@@ -109,23 +123,30 @@ def value_loss(network: MLP, config: PPOConfig) -> Surrogate:
     """
 
     def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
-        value = network.forward(theta, sample["observation"]).squeeze(-1)
+        value = network.forward(theta, network.read(theta, sample)).squeeze(-1)
         error = (value - sample["target"]).square()
         if config.clip_value:
             step = (value - sample["value"]).clamp(-config.clip, config.clip)
             error = torch.maximum(error, (sample["value"] + step - sample["target"]).square())
-        return 0.5 * config.value_coefficient * error
+        return of_samples(0.5 * config.value_coefficient * error, sample)
 
     return loss
 
 
-def normalise(advantage: Tensor) -> Tensor:
+def normalise(advantage: Tensor, active: Tensor | None = None) -> Tensor:
     """Shift and scale advantages to mean 0 and standard deviation 1.
 
     Args:
         advantage: Advantages of all agents and samples.
+        active: Which of them are of agents that acted; all by default.
 
     Returns:
-        A tensor of the same shape; all 0 if they are all equal.
+        A tensor of the same shape; all 0 if they are all equal, and 0 where nobody acted.
     """
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    if active is None:
+        return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    count = active.sum()
+    total = torch.where(active, advantage, 0.0).sum()
+    centred = torch.where(active, advantage - total / count.clamp(min=1), 0.0)
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-8)

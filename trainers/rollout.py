@@ -12,9 +12,10 @@ from gradlab.checks import check
 from trainers.acting import act
 from trainers.config import PPOConfig, TrainConfig
 from trainers.critic_input import CRITIC_INPUTS, CriticInput, own_observation
-from trainers.envs.vector_env import VectorEnv
+from trainers.envs.vector_env import VectorEnv, kept
 from trainers.finite import check_finite
 from trainers.gae import advantages
+from trainers.memory import forgotten
 from trainers.networks import MLP, Theta
 from trainers.normalisers import ObservationNormaliser, RewardNormaliser
 from trainers.policies import Policy
@@ -25,9 +26,12 @@ class Rollout:
     """Samples of one rollout, and what its episodes brought.
 
     Attributes:
-        samples: Tensors [agent, sample, ...] by name; sample = time * copies + copy.
+        samples: Tensors by name, see `trainers.samples`: [agent, sample, ...] with sample = time *
+            copies + copy, or of recurrent networks [agent, copy, time, ...]. Where agents had left
+            their episode, the steps that `active` leaves out hold nothing that the environment
+            gave.
         episode_returns: Undiscounted return, mean over agents, of each episode that ended, of the
-            environment's rewards as they are.
+            environment's rewards as they are. Agents that have left earn nothing.
         episode_lengths: Steps of each episode that ended.
         reward_per_step: Mean of the environment's rewards over agents, copies and time.
     """
@@ -44,7 +48,10 @@ class Collector:
     Attributes:
         env: The environment.
         observation: What the agents act on next [agent, copy, obs], normalised if that is asked
-            for.
+            for; 0 for agents that have left their episode.
+        active: Which agents act on it [agent, copy].
+        memory: What each recurrent network's memory holds before it reads "observation", [agent,
+            copy, size] by name, "actor" and "critic".
         running_return: Return so far of each copy's episode, mean over agents.
         running_length: Steps so far of each copy's episode.
         normalisers: What learns from every step how to scale "observation" and "reward", if
@@ -59,6 +66,7 @@ class Collector:
         team_reward: bool = False,
         observations: ObservationNormaliser | None = None,
         rewards: RewardNormaliser | None = None,
+        memory_size: int | None = None,
     ) -> None:
         """Start every copy.
 
@@ -68,6 +76,7 @@ class Collector:
             team_reward: Let every agent learn from the mean of all agents' rewards.
             observations: Scales observations.
             rewards: Scales the rewards that are learned from.
+            memory_size: Size of the networks' memory; None: they are feed-forward.
         """
         self.env = env
         self.normalisers: dict[str, ObservationNormaliser | RewardNormaliser] = {}
@@ -79,7 +88,12 @@ class Collector:
         self._team_reward = team_reward
         self._observations = observations
         self._rewards = rewards
-        self.observation = self._read(env.reset())
+        self.active = torch.ones(env.spec.agents, env.copies, dtype=torch.bool)
+        self.observation = self._read(env.reset(), self.active)
+        self.memory: dict[str, Tensor] = {}
+        if memory_size is not None:
+            shape = (env.spec.agents, env.copies, memory_size)
+            self.memory = {network: torch.zeros(shape) for network in ("actor", "critic")}
         self.running_return = torch.zeros(env.copies, dtype=torch.float64)
         self.running_length = torch.zeros(env.copies, dtype=torch.int64)
 
@@ -112,46 +126,60 @@ class Collector:
             NotFinite: If an observation, a value, an action or a reward is not finite.
         """
         columns: dict[str, list[Tensor]] = {}
-        terminated, truncated = [], []
+        truncated = []
+        began_with = {f"{network}_memory": held for network, held in self.memory.items()}
+        starts = torch.zeros_like(self.active)  # a memory is already empty at the first step
         returns: list[float] = []
         lengths: list[int] = []
 
-        def value_of(observation: Tensor) -> Tensor:
-            read = self._critic_input(observation)
-            value = critic.forward(critic_theta(read), read).squeeze(-1)
+        def value_of(observation: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            seen = self._critic_input(observation)
+            parameters = critic_theta(seen)
+            read, held = critic.read_next(parameters, seen, held)
+            value = critic.forward(parameters, read).squeeze(-1)
             if not math.isfinite(value.sum().item()):
                 # Told before anyone acts on it: samplers and simulators would raise errors that
                 # don't say what is wrong.
                 check_finite("observation", observation, ("agent", "copy"))
                 check_finite("value", value, ("agent", "copy"))
-            return value
+            return value, held
 
-        value = value_of(self.observation)
+        value, of_critic = value_of(self.observation, self.memory.get("critic"))
         for _ in range(steps):
             mask = self.env.action_mask()
-            action, log_prob = act(policy, theta, self.observation, mask, random)
-            step = self.env.step(policy.to_env(action))
-            observation = self._read(step.observation)
-            next_value = following = value_of(observation)
+            if mask is not None:
+                mask = mask | ~self.active[..., None]
+            action, log_prob, of_actor = act(
+                policy, theta, self.observation, mask, random, self.memory.get("actor")
+            )
+            step = self.env.step(policy.to_env(action)).of_active(self.active)
+            ended, active = step.ended, step.act_next
+            observation = self._read(step.observation, active)
+            before_end = of_critic
+            if of_actor is not None and of_critic is not None:
+                held = {"actor": of_actor, "critic": of_critic}
+                self.memory = {name: forgotten(state, ended) for name, state in held.items()}
+            following, of_critic = value_of(observation, self.memory.get("critic"))
+            next_value = following
             if step.truncated.any():
-                next_value = torch.where(
-                    step.truncated, value_of(self.scaled(step.final_observation)), following
-                )
-            ended = step.terminated | step.truncated
+                final = self.scaled(step.final_observation, step.active)
+                next_value = torch.where(step.truncated, value_of(final, before_end)[0], following)
             row = {
                 "observation": self.observation,
                 "action": action,
                 "log_prob": log_prob,
                 "value": value,
                 "reward": step.reward,
-                "paid": self._paid(step.reward, ended),
+                "paid": self._paid(step.reward, ended, self.active),
                 "next_value": next_value,
+                "active": self.active,
+                "left": step.left,
+                "starts": starts,
             }
             if mask is not None:
                 row["action_mask"] = mask
             for name, tensor in row.items():
                 columns.setdefault(name, []).append(tensor)
-            terminated.append(step.terminated)
             truncated.append(step.truncated)
             self.running_return += step.reward.mean(0)
             self.running_length += 1
@@ -160,7 +188,8 @@ class Collector:
                 lengths += self.running_length[ended].tolist()
                 self.running_return[ended] = 0
                 self.running_length[ended] = 0
-            self.observation, value = observation, following
+            self.observation, self.active, value = observation, active, following
+            starts = ended.expand_as(self.active)
         stacked = {name: torch.stack(rows, dim=1) for name, rows in columns.items()}
         reward = stacked.pop("reward")
         for name, tensor in (("observation", stacked["observation"]), ("reward", reward)):
@@ -169,43 +198,56 @@ class Collector:
             stacked.pop("paid"),
             stacked["value"],
             stacked.pop("next_value"),
-            torch.stack(terminated),
+            stacked.pop("left"),
             torch.stack(truncated),
             discount=config.discount,
             gae_lambda=config.gae_lambda,
         )
         stacked |= {"advantage": advantage, "target": advantage + stacked["value"]}
+        if stacked["active"].all():
+            del stacked["active"]
+        if self.memory:
+            samples = {name: t.transpose(1, 2).contiguous() for name, t in stacked.items()}
+            samples |= began_with
+        else:
+            del stacked["starts"]
+            samples = {name: tensor.flatten(1, 2) for name, tensor in stacked.items()}
         return Rollout(
-            samples={name: tensor.flatten(1, 2) for name, tensor in stacked.items()},
+            samples=samples,
             episode_returns=returns,
             episode_lengths=lengths,
             reward_per_step=reward.mean().item(),
         )
 
-    def _read(self, observation: Tensor) -> Tensor:
+    def _read(self, observation: Tensor, active: Tensor) -> Tensor:
         """What the networks read of an observation that is acted on."""
         if self._observations is not None:
             # What is not finite would spread to all agents through the moments.
             check_finite("observation", observation, ("agent", "copy"))
-            self._observations.learn(observation)
-        return self.scaled(observation)
+            if active.any():
+                self._observations.learn(observation[active])
+        return self.scaled(observation, active)
 
-    def scaled(self, observation: Tensor) -> Tensor:
+    def scaled(self, observation: Tensor, active: Tensor | None = None) -> Tensor:
         """Scale an observation as the normaliser stands, which learns nothing from it.
 
         Args:
             observation: What the environment gave [agent, copy, obs].
+            active: Which agents are to act on it; None: all.
 
         Returns:
-            What the networks read.
+            What the networks read; 0 for agents that have left their episode.
         """
-        return observation if self._observations is None else self._observations(observation)
+        if self._observations is None:
+            return observation
+        scaled = self._observations(observation)
+        return scaled if active is None else kept(scaled, active)
 
-    def _paid(self, reward: Tensor, ended: Tensor) -> Tensor:
+    def _paid(self, reward: Tensor, ended: Tensor, acted: Tensor) -> Tensor:
         """What the agents learn from."""
         if self._team_reward:
             reward = reward.mean(0).expand_as(reward)
-        return reward if self._rewards is None else self._rewards(reward, ended)
+        return reward if self._rewards is None else self._rewards(reward, ended, acted)
 
 
 def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
@@ -241,4 +283,5 @@ def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
         team_reward=config.reward == "team",
         observations=observations,
         rewards=rewards,
+        memory_size=config.recurrent_size,
     )

@@ -15,9 +15,10 @@ from trainers.finite import check_gradient, finite_mean
 from trainers.generators.generator import Generator
 from trainers.networks import Theta
 from trainers.ppo import PolicyLoss, Surrogate, normalise
+from trainers.samples import Weights, exist, of_network, of_samples
 
 ROWS = 4096
-"""Samples of all agents together that go through the networks at once."""
+"""Samples (of recurrent networks segments) of all agents together that go through at once."""
 
 _OF_LAST_PASS = "mean over agents and samples of the last pass, each before its minibatch's step"
 
@@ -25,7 +26,8 @@ _OF_LAST_PASS = "mean over agents and samples of the last pass, each before its 
 class Updater:
     """Trains actor and critic on what was collected (Schulman et al., 2017, algorithm 1).
 
-    Advantages are normalised over each minibatch; actor and critic are clipped apart.
+    Advantages are normalised over each minibatch; actor and critic are clipped apart. Every agent's
+    mean over its own samples counts alike (`Weights`).
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Updater:
 
         Args:
             samples: Tensors [agent, sample, ...] by name: `observation`, `action`, `log_prob`,
-                `value`, `advantage`, `target`.
+                `value`, `advantage`, `target`, and what `trainers.samples` says.
             random: Shuffles the samples, those of all agents alike.
 
         Returns:
@@ -73,11 +75,12 @@ class Updater:
         config = self._config
         sums = {"policy_loss": 0.0, "value_loss": 0.0}
         kl, clipped, epochs = 0.0, 0.0, 0
+        weights = Weights.of(exist(samples))
         while epochs < config.epochs:
             kl, clipped = 0.0, 0.0
             order = torch.randperm(samples["advantage"].shape[1], generator=random)
             for part in order.tensor_split(config.minibatches):
-                policy, value, moved, out = self._step(samples, part)
+                policy, value, moved, out = self._step(samples, part, weights.part(part))
                 sums["policy_loss"] += policy
                 sums["value_loss"] += value
                 kl += moved / config.minibatches
@@ -97,9 +100,9 @@ class Updater:
         }
 
     def _step(
-        self, samples: Mapping[str, Tensor], part: Tensor
+        self, samples: Mapping[str, Tensor], part: Tensor, weigh: Weights
     ) -> tuple[float, float, float, float]:
-        """Make one step on some of the samples.
+        """Make one step on some of the samples, which weigh so much.
 
         Returns:
             Both losses; and, of the policy before the step, approximate KL divergence and share of
@@ -107,7 +110,11 @@ class Updater:
         """
         config = self._config
         agents, places = len(samples["advantage"]), len(part)
-        advantage = normalise(samples["advantage"].index_select(1, part))
+        active = samples.get("active")
+        advantage = normalise(
+            samples["advantage"].index_select(1, part),
+            None if active is None else active.index_select(1, part),
+        )
         self._optimiser.zero_grad(set_to_none=True)
         actor, critic = Parameters(self._actor), Parameters(self._critic)
         found = torch.zeros(4, dtype=torch.float64)
@@ -117,22 +124,23 @@ class Updater:
             rows = part[chunk]
             batch = {name: tensor.index_select(1, rows) for name, tensor in samples.items()}
             batch["advantage"] = advantage[:, chunk]
+            of_chunk = weigh.part(chunk)
             losses, log_ratio = self._policy_loss.with_log_ratio(
-                actor.of(batch["observation"]), batch
+                actor.of(batch["observation"]), of_network(batch, "actor")
             )
             batch["observation"] = self._critic_input(batch["observation"])
-            errors = self._value_loss(critic.of(batch["observation"]), batch)
+            errors = self._value_loss(critic.of(batch["observation"]), of_network(batch, "critic"))
             share = len(rows) / places
-            policy = share * finite_mean("policy_loss", losses)
-            value = share * finite_mean("value_loss", errors)
+            policy = share * finite_mean("policy_loss", of_chunk(losses))
+            value = share * finite_mean("value_loss", of_chunk(errors))
             torch.autograd.backward([policy, value])
             log_ratio = log_ratio.detach()
             change = log_ratio.expm1()  # r - 1
             found += torch.stack([
                 policy.detach(),
                 value.detach(),
-                share * (change - log_ratio).mean(),
-                share * (change.abs() > config.clip).double().mean(),
+                share * of_chunk(of_samples(change - log_ratio, batch)).mean(),
+                share * of_chunk(of_samples((change.abs() > config.clip).double(), batch)).mean(),
             ])
         actor.backward()
         critic.backward()
@@ -156,7 +164,7 @@ class Parameters:
         self._made: Theta = {} if generator.reads_observation else generator.all_agents()
         self._leaves = {name: x.detach().requires_grad_() for name, x in self._made.items()}
 
-    def of(self, observation: Float[Tensor, "agent sample obs"]) -> Theta:
+    def of(self, observation: Float[Tensor, "agent sample *step obs"]) -> Theta:
         """Parameters for samples.
 
         Args:
@@ -176,18 +184,22 @@ class Parameters:
             torch.autograd.backward([self._made[name] for name in found], [*found.values()])
 
 
-def check_minibatches(minibatches: int, samples: int, agents: int) -> None:
+def check_minibatches(
+    minibatches: int, samples: int, agents: int, *, recurrent: bool = False
+) -> None:
     """Raise unless every minibatch has samples enough.
 
     Args:
         minibatches: Parts that a rollout is cut into.
         samples: Its samples of each agent.
         agents: Number of agents.
+        recurrent: Whether samples are segments of several steps.
 
     Raises:
         UsageError: If a minibatch would have no sample, or one in all, over which advantages can't
             be normalised.
     """
-    most = max(1, samples if agents > 1 else samples // 2)
-    rule = f"be at most {most}: a rollout has {samples} samples of each agent (copies * steps)"
+    most = max(1, samples if agents > 1 or recurrent else samples // 2)
+    how = "a segment of each copy" if recurrent else "copies * steps"
+    rule = f"be at most {most}: a rollout has {samples} samples of each agent ({how})"
     check(minibatches <= most, "ppo.minibatches", rule, minibatches)

@@ -1,7 +1,7 @@
 """What one pass of an engine works on: some samples of every agent, and the parameters."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -72,6 +72,26 @@ class Part:
             context=self.context,
             mask=mask,
         )
+
+    def filled(self) -> "Part":
+        """Another sample's content in place of that of samples that do not exist.
+
+        For functions of the whole batch, whose derivatives may not be finite for any content.
+
+        Returns:
+            A part with the same mask; itself if all samples exist, or none does.
+        """
+        if self.mask is None or self.mask.all() or not self.mask.any():
+            return self
+        agent, sample = self.mask.nonzero()[0]
+
+        def of_existing(tensor: Tensor) -> Tensor:
+            assert self.mask is not None
+            exist = self.mask.view(*self.mask.shape, *[1] * (tensor.dim() - 2))
+            return torch.where(exist, tensor, tensor[agent, sample])
+
+        batch = {name: of_existing(tensor) for name, tensor in self.batch.items()}
+        return replace(self, batch=batch)
 
     def counts(self, clusters: int = 1) -> Int[Tensor, "agent cluster"]:
         """Number of samples in clusters of equally many successive ones.

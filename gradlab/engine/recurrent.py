@@ -50,11 +50,25 @@ def gru_step(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -
         The state after.
     """
     (hidden,) = state
-    reset_in, update_in, new_in = gates.chunk(3, -1)
-    reset_h, update_h, new_h = functional.linear(hidden, weight, bias).chunk(3, -1)
+    return (gru_state(gates, functional.linear(hidden, weight, bias), hidden),)
+
+
+def gru_state(from_input: Tensor, from_state: Tensor, hidden: Tensor) -> Tensor:
+    """What the gates of a gated recurrent unit make of its state.
+
+    Args:
+        from_input: The inputs' share of the reset, update and new gate [*batch, 3 hidden].
+        from_state: The state's share of the same.
+        hidden: The state before [*batch, hidden].
+
+    Returns:
+        The state after.
+    """
+    reset_in, update_in, new_in = from_input.chunk(3, -1)
+    reset_h, update_h, new_h = from_state.chunk(3, -1)
     update = torch.sigmoid(update_in + update_h)
     new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_h) * new_h)
-    return (new + update * (hidden - new),)
+    return new + update * (hidden - new)
 
 
 def lstm_step(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:

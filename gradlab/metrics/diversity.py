@@ -11,7 +11,7 @@ with a distance D between two action distributions, taken at each observation by
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 from torch import Generator as RandomGenerator
@@ -162,6 +162,7 @@ def shared_observations(
     random: RandomGenerator,
     *,
     copy: Int[Tensor, " sample"],
+    mask: Bool[Tensor, "agent sample"] | None = None,
 ) -> tuple[Float[Tensor, "observation obs"], Int[Tensor, " observation"]]:
     """Pool what all agents observed, and draw from it without replacement.
 
@@ -170,19 +171,24 @@ def shared_observations(
         most: How many to draw; all of them, if there are no more.
         random: Source of the draw.
         copy: The environment copy of each sample, the same for all agents.
+        mask: Which observations there are; all by default.
 
     Returns:
         The observations drawn, in the order of agents and samples, and the copy of each: what
         `diversity` takes as `copy`.
 
     Raises:
-        UsageError: If none are to be drawn, or a sample has no copy.
+        UsageError: If none are to be drawn, a sample has no copy, or there is no observation.
     """
     check(most >= 1, "most", "be at least 1", most)
     agents, samples = observation.shape[:2]
     check(len(copy) == samples, "copy", f"label each of {samples} samples", tuple(copy.shape))
-    order = torch.randperm(agents * samples, generator=random, device=random.device)
-    drawn = order[:most].sort().values.to(observation.device)
+    exist = torch.arange(agents * samples, device=observation.device)
+    if mask is not None:
+        check(bool(mask.any()), "mask", "leave at least one observation", mask.sum(1).tolist())
+        exist = exist[mask.flatten()]
+    order = torch.randperm(len(exist), generator=random, device=random.device)
+    drawn = exist[order[:most].sort().values.to(exist.device)]
     return observation.flatten(0, 1)[drawn], copy.to(drawn.device).repeat(agents)[drawn]
 
 

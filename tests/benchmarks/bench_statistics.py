@@ -40,7 +40,7 @@ def row(method, agents):
     update, share, cost = [], [], []
     for _ in range(ROUNDS):
         collecting, rollout = seconds(trainer._collect)
-        batches, copy = trainer.diagnosis._batches(rollout)
+        batches, copy, _ = trainer.diagnosis._batches(rollout)
         spent = 0.0
         for name, network in networks.items():
             arguments = (network.generator, network.surrogate, batches[name])

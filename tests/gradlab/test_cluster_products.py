@@ -36,9 +36,13 @@ def agrees(found, per_sample, layout, exist=None):
 
 
 @pytest.mark.parametrize("budget", [1, 2**22], ids=["stretches", "whole"])
-@pytest.mark.parametrize("method", DECOUPLED)
-def test_products_equal_dense_ones(method, budget):
-    c = case(method, "ppo-discrete")
+@pytest.mark.parametrize(
+    ("method", "surrogate"),
+    [(method, "ppo-discrete") for method in DECOUPLED]
+    + [(method, "value-recurrent") for method in ("hypermarl", "fups-id", "nops")],
+)
+def test_products_equal_dense_ones(method, surrogate, budget):
+    c = case(method, surrogate)
     d = decompose(c.generator, c.surrogate, c.batch, copy=COPY, budget=budget)
     _, _, z = oracle(c)
     agrees(d.products["theta"], z, d.theta_layout)

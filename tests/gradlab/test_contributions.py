@@ -45,6 +45,10 @@ def generators():
     network = make_policy(3, box, hidden=(4,), activation="tanh").network
     for name, (method, config, own_log_std) in FORMS.items():
         yield name, METHODS[method](network, AGENTS, random, config, own_log_std).double()
+    network = make_policy(3, box, hidden=(4,), activation="tanh", memory_size=2).network
+    for method in DECOUPLED:
+        generator = METHODS[method](network, AGENTS, random, HypernetworkConfig())
+        yield f"{method}, recurrent", generator.double()
 
 
 @pytest.mark.parametrize(("method", "generator"), list(generators()))

@@ -11,7 +11,7 @@ from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.config import HypernetworkConfig
 from trainers.generators import METHODS
 from trainers.generators.hypernetwork import HyperNetwork
-from trainers.networks import MLP
+from trainers.networks import MLP, make_network
 
 FORMS = {
     **{method: (method, {}) for method in DECOUPLED},
@@ -36,6 +36,8 @@ FORMS = {
     "fups-id, own log_std": ("fups-id", {}),
     "nops, shared log_std": ("nops", {}),
     "hypermarl, own log_std": ("hypermarl", {"hidden": (6,)}),
+    **{f"{method}, recurrent": (method, {"hidden": (6,)}) for method in DECOUPLED},
+    "shared trunk, recurrent": ("hypermarl", {"shared_trunk": True, "hidden": (6,)}),
 }
 OWN_LOG_STD = {form: "own" in form for form in FORMS if "log_std" in form}
 MEASURES = ("coupling", "coupling_frobenius")
@@ -45,7 +47,16 @@ def make(form, log_std=2, dtype=torch.float64):
     """A small generator away from its initial point, where biases are 0."""
     method, settings = FORMS[form]
     random = torch.Generator().manual_seed(2)
-    mlp = MLP(sizes=(3, 4, 2), activation="tanh", head_gain=1.0, log_std_size=log_std)
+    recurrent = form.endswith("recurrent")
+    mlp = make_network(
+        3,
+        2,
+        hidden=(4,),
+        activation="tanh",
+        memory_size=2 if recurrent else None,
+        head_gain=1.0,
+        log_std_size=log_std,
+    )
     config = HypernetworkConfig.model_validate(settings)
     generator = METHODS[method](mlp, AGENTS, random, config, OWN_LOG_STD.get(form))
     with torch.no_grad():
@@ -172,7 +183,10 @@ def test_coupling_head_is_that_of_the_heads_alone(form):
     heads = {
         n
         for n, _ in generator.named_parameters()
-        if not isinstance(generator, HyperNetwork) or ".head." in n or n == "log_std"
+        if not isinstance(generator, HyperNetwork)
+        or ".head." in n
+        or n == "log_std"
+        or n.startswith("memory.")
     }
     found = coupling(generator, AGENTS).coupling_head
     for layer, (trace, _) in expected_coupling(generator, parameters=heads).items():

@@ -8,13 +8,14 @@ from gradlab.checks import UsageError
 from gradlab.decomposition import decompose
 from gradlab.factorisation import factorise
 
-SURROGATES = ("ppo-discrete", "ppo-continuous", "value-clipped")
+SURROGATES = ("ppo-discrete", "ppo-continuous", "value-clipped", "ppo-recurrent")
 
 
 def oracle(c, numbers=range(SAMPLES)):
     """g, E[J]^T E[z] and all z_t of every agent, by loops and a dense Jacobian for every sample."""
     psi = {n: p.detach().clone().requires_grad_() for n, p in c.generator.named_parameters()}
     reads = getattr(c.generator, "reads_observation", False)
+    made_by_step = getattr(c.generator, "made_by_step", ())
 
     def flat(value, of):
         parts = torch.autograd.grad(value, of, retain_graph=True, materialize_grads=True)
@@ -32,8 +33,20 @@ def oracle(c, numbers=range(SAMPLES)):
             theta = one_agents(functional_call(c.generator, psi, arguments))
             loss = c.surrogate(theta, sample)
             products.append(flat(loss, list(psi.values())))
-            gradients.append(flat(loss, list(theta.values())))
-            values = torch.cat([tensor.flatten() for tensor in theta.values()])
+            own = torch.autograd.grad(
+                loss, list(theta.values()), retain_graph=True, materialize_grads=True
+            )
+            steps = [sample["observation"].dim() > 1 and name in made_by_step for name in theta]
+            gradients.append(
+                torch.cat([
+                    (z.sum(0) if by_step else z).flatten()
+                    for z, by_step in zip(own, steps, strict=True)
+                ])
+            )
+            values = torch.cat([
+                (tensor.mean(0) if by_step else tensor).flatten()
+                for tensor, by_step in zip(theta.values(), steps, strict=True)
+            ])
             jacobians.append(torch.stack([flat(value, list(psi.values())) for value in values]))
         g.append(torch.stack(products).mean(0))
         z.append(torch.stack(gradients))

@@ -74,7 +74,7 @@ def test_diagnosed_run_ends_with_the_weights_of_a_plain_one(tmp_path, method):
 def test_critic_is_diagnosed_on_what_it_reads():
     trainer = Trainer(TrainConfig.model_validate(SMALL))
     rollout = trainer._collect()
-    batches, _ = trainer.diagnosis._batches(rollout)
+    batches, *_ = trainer.diagnosis._batches(rollout)
     expected = joint(rollout.samples["observation"])  # every step is diagnosed
     assert batches["critic"]["observation"].shape == (3, *expected.shape)
     assert all(torch.equal(seen, expected) for seen in batches["critic"]["observation"])

@@ -35,7 +35,7 @@ def test_nothing_is_scaled_before_anything_is_seen():
 def test_what_never_changes_is_0_and_what_is_far_is_cut_off():
     normaliser = ObservationNormaliser(2, clip=2.0)
     seen = torch.stack([torch.full((1, 100), 0.1), draw(1, 100).float()], dim=-1)
-    normaliser.learn(seen)
+    normaliser.learn(seen[0])
     assert normaliser(seen)[..., 0].abs().max() < 1e-3
     far = normaliser(torch.tensor([[[0.1, 50.0], [0.1, -50.0]]]))
     assert far[0, :, 1].tolist() == [2.0, -2.0]
@@ -47,7 +47,7 @@ def test_rewards_are_divided_by_the_spread_of_discounted_returns():
     ended = torch.tensor([[0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0], [0, 0, 0]])
     sums, seen = np.zeros((2, 3)), []
     for reward, end in zip(rewards, ended.bool(), strict=True):
-        found = normaliser(reward, end)
+        found = normaliser(reward, end, torch.ones(2, 3, dtype=torch.bool))
         for agent, copy in np.ndindex(2, 3):
             sums[agent, copy] = 0.9 * sums[agent, copy] + reward[agent, copy].item()
             seen.append(sums[agent, copy])

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -115,6 +115,9 @@ class Step:
             ended.
         info: What the environment measures itself in this step, before any reset, by name; empty
             if it measures nothing or was not asked to. NaN for an agent that a measure is not of.
+        active: Which agents go on: the others have left their episode with this step or before, and
+            neither act nor learn until it ends. An episode begins with all agents; None: none has
+            left. What stands in the other fields for an agent that has left is never read.
     """
 
     observation: Float[Tensor, "agent copy obs"]
@@ -122,7 +125,63 @@ class Step:
     terminated: Bool[Tensor, " copy"]
     truncated: Bool[Tensor, " copy"]
     final_observation: Float[Tensor, "agent copy obs"]
+    active: Bool[Tensor, "agent copy"] | None = None
     info: Mapping[str, Float[Tensor, "agent copy"]] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> Bool[Tensor, " copy"]:
+        """Where an episode ended."""
+        return self.terminated | self.truncated
+
+    @property
+    def left(self) -> Bool[Tensor, "agent copy"]:
+        """For whom nothing follows: their episode is over, or they have left it."""
+        over = self.terminated.expand(self.reward.shape)
+        return over if self.active is None else over | ~self.active
+
+    @property
+    def act_next(self) -> Bool[Tensor, "agent copy"]:
+        """Which agents act on `observation`."""
+        if self.active is None:
+            return torch.ones(self.reward.shape, dtype=torch.bool)
+        return self.active | self.ended
+
+    def of_active(self, acted: Bool[Tensor, "agent copy"]) -> "Step":
+        """Put 0 in place of what is said of agents that have left their episode.
+
+        So critics that read all agents' observations see 0 there (death masking; Yu et al., 2022,
+        section 5.4), and nothing else can be learned from it either.
+
+        Args:
+            acted: Which agents acted in this step.
+
+        Returns:
+            The step; itself if no agent has left.
+        """
+        if self.active is None:
+            return self
+        return replace(
+            self,
+            observation=kept(self.observation, self.act_next),
+            reward=kept(self.reward, acted),
+            final_observation=kept(self.final_observation, self.active),
+        )
+
+
+def kept(
+    values: Float[Tensor, "agent copy ..."], where: Bool[Tensor, "agent copy"]
+) -> Float[Tensor, "agent copy ..."]:
+    """Put 0 elsewhere, whatever stands there.
+
+    Args:
+        values: Values.
+        where: Of whom they are kept.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    where = where.view(*where.shape, *[1] * (values.dim() - 2))
+    return torch.where(where, values, torch.zeros((), dtype=values.dtype))
 
 
 class RenderingFailed(Failed):

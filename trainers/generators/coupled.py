@@ -16,12 +16,22 @@ class CoupledHyperNetwork(HyperNetwork):
     """theta_{i,t} = h([o_t ; e_i]): other parameters for every sample (HyperMARL, Fig. 8, w/o GD).
 
     Its weight heads are scaled as HyperMARL's, for what the trunks make of an observation of zeros.
+    With a memory, whose parameters all agents share, the layers after it are made anew for every
+    step.
+
+    Attributes:
+        made_by_step: Names of the policy parameters that an observation [*step, obs] makes one of
+            for each step.
     """
 
     reads_observation: ClassVar[bool] = True
 
+    @property
+    def made_by_step(self) -> frozenset[str]:  # noqa: D102 -- with the attributes
+        return frozenset(self.shapes)
+
     def forward(
-        self, agents: Int[Tensor, " n"], observation: Float[Tensor, "n obs"] | None = None
+        self, agents: Int[Tensor, " n"], observation: Float[Tensor, "n *step obs"] | None = None
     ) -> Theta:
         """Make the policy parameters of some agents for what they see.
 
@@ -30,7 +40,7 @@ class CoupledHyperNetwork(HyperNetwork):
             observation: What each sees.
 
         Returns:
-            Tensors [n, ...] by name, or [1, ...] where all share the tensor.
+            Tensors [n, *step, ...] by name, or [1, ...] where all share the tensor.
 
         Raises:
             UsageError: Without an observation.
@@ -40,9 +50,12 @@ class CoupledHyperNetwork(HyperNetwork):
                 "`observation` must be given: this generator makes other parameters for each one. "
                 "Got observation=None."
             )
-        return self.make(torch.cat([observation, self.embedding[agents]], dim=1), agents)
+        steps = observation.shape[1:-1]
+        embedding = self.embedding[agents].view(len(agents), *[1] * len(steps), -1)
+        embedding = embedding.expand(-1, *steps, -1)
+        return self.make(torch.cat([observation, embedding], dim=-1), agents)
 
-    def policy_for(self, observation: Float[Tensor, "agent sample obs"]) -> Theta:
+    def policy_for(self, observation: Float[Tensor, "agent sample *step obs"]) -> Theta:
         """See `Generator.policy_for`."""
         agents, samples = observation.shape[:2]
         numbers = torch.arange(agents, device=observation.device).repeat_interleave(samples)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradlab.engine.per_sample import PerSample
 from gradlab.metrics.coupling_forms import CouplingForms
+from trainers.generators.initialisation import initial_memory
 from trainers.networks import MLP, Theta
 
 LOG_STD = "log_std"
@@ -90,14 +91,18 @@ class Generator(nn.Module, ABC):
             A clause without a full stop.
         """
 
-    def policy_for(self, observation: Float[Tensor, "agent sample obs"]) -> Theta:  # noqa: ARG002
+    def policy_for(
+        self,
+        observation: Float[Tensor, "agent sample *step obs"],  # noqa: ARG002
+    ) -> Theta:
         """Make the parameters with which all agents act on what they see.
 
         Args:
             observation: What they see.
 
         Returns:
-            As `forward`, for all agents in order; [agent, sample, ...] if `reads_observation`.
+            As `forward`, for all agents in order; [agent, sample, *step, ...] if
+            `reads_observation`.
         """
         return self.all_agents()
 
@@ -132,12 +137,14 @@ def initial_theta(mlp: MLP, random: RandomGenerator, *, id_columns: int = 0) -> 
     Args:
         mlp: The network's form.
         random: Source of randomness.
-        id_columns: Number of further inputs to the first layer.
+        id_columns: Number of further inputs to the layer that reads the observation.
 
     Returns:
         Tensors by name, without an agent axis; the first weight has the further columns last.
     """
-    theta: Theta = {}
+    theta = {} if mlp.memory is None else initial_memory(mlp.memory, random, id_columns=id_columns)
+    if mlp.memory is not None:
+        id_columns = 0  # the memory reads them
     for position, (layer, (outputs, inputs)) in enumerate(mlp.layers.items()):
         weight = torch.empty(outputs, inputs + (id_columns if position == 0 else 0))
         theta[f"{layer}.weight"] = nn.init.orthogonal_(weight, mlp.gain(layer), generator=random)

@@ -15,6 +15,7 @@ from trainers.generators.embeddings import EMBEDDINGS
 from trainers.generators.generator import LOG_STD, Generator
 from trainers.generators.initialisation import (
     gain_scales,
+    initial_memory,
     make_trunk,
     orthogonal_units,
     plain_units,
@@ -27,7 +28,8 @@ class HyperNetwork(Generator):
     """theta_i = h(e_i): for each weight and bias of each layer, a trunk and a linear head.
 
     All heads may read one trunk instead. With no hidden layers they read the embedding itself (the
-    linear hypernetwork).
+    linear hypernetwork). The memory of a recurrent network is not made but trained as it is, one
+    for all agents, and so is `log_std` (HyperMARL, appendix G.2).
 
     Attributes:
         embedding: Embeddings [agent, feature], learned or fixed.
@@ -76,7 +78,7 @@ class HyperNetwork(Generator):
         }
         self.parts = nn.ModuleDict()
         # What the trunks read before the embedding; 0 as far as the initial scale goes.
-        self.observation_size = mlp.sizes[0] if self.reads_observation else 0
+        self.observation_size = mlp.observation_size if self.reads_observation else 0
         nothing = torch.zeros(agents, self.observation_size)
         inputs = torch.cat([nothing, table], dim=1)
         widths = (inputs.shape[1], *config.hidden)
@@ -105,6 +107,11 @@ class HyperNetwork(Generator):
         if mlp.log_std_size:
             shape = (agents, mlp.log_std_size) if own_log_std else (mlp.log_std_size,)
             self.log_std = nn.Parameter(torch.zeros(shape))
+        if mlp.memory is not None:
+            drawn = initial_memory(mlp.memory, random)
+            self.memory = nn.ParameterDict({
+                name.replace(".", "/"): nn.Parameter(tensor) for name, tensor in drawn.items()
+            })
 
     @classmethod
     def count(
@@ -119,16 +126,17 @@ class HyperNetwork(Generator):
             own_log_std: As for the constructor.
 
         Returns:
-            Those of embeddings, trunks, heads and log standard deviations.
+            Those of embeddings, trunks, heads, memory and log standard deviations.
         """
         size = agents if config.embedding == "one-hot" else config.embedding_size
-        reads = size + (mlp.sizes[0] if cls.reads_observation else 0)
+        reads = size + (mlp.observation_size if cls.reads_observation else 0)
         widths = (reads, *config.hidden)
         trunk = sum(outputs * (inputs + 1) for inputs, outputs in pairwise(widths))
         return (
             (agents * size if config.embedding == "learned" else 0)
             + trunk * (1 if config.shared_trunk else 2 * len(mlp.layers))
-            + (widths[-1] + config.bias) * mlp.size
+            + (widths[-1] + config.bias) * mlp.size_of_layers
+            + (mlp.size - mlp.size_of_layers)
             + mlp.log_std_size * (agents if own_log_std else 1)
         )
 
@@ -136,7 +144,7 @@ class HyperNetwork(Generator):
         """See `Generator.forward`."""
         return self.make(self.embedding[agents], agents)
 
-    def make(self, inputs: Float[Tensor, "n input"], agents: Int[Tensor, " n"]) -> Theta:
+    def make(self, inputs: Float[Tensor, "n *step input"], agents: Int[Tensor, " n"]) -> Theta:
         """Apply the trunks and heads.
 
         Args:
@@ -144,13 +152,15 @@ class HyperNetwork(Generator):
             agents: For which agents.
 
         Returns:
-            Tensors [n, ...] by name, or [1, ...] where all share the tensor.
+            Tensors [n, *step, ...] by name, or [1, ...] where all share the tensor.
         """
-        theta: Theta = {}
+        theta: Theta = {name: self._memory(name)[None] for name in self.mlp.remembering}
         for _, trunk, names in self._trunks():
             features = trunk(inputs)
             for name in names:
-                theta[name] = self._head(name)(features).view(-1, *self.shapes[name])
+                theta[name] = self._head(name)(features).view(
+                    *inputs.shape[:-1], *self.shapes[name]
+                )
         if self.mlp.log_std_size:
             theta[LOG_STD] = self.log_std[agents] if self.own_log_std else self.log_std[None]
         return theta
@@ -195,6 +205,7 @@ class HyperNetwork(Generator):
                 if self.own_log_std
                 else Rows(rows[None])
             )
+        found |= {_of_memory(name): Rows(z[name][None]) for name in self.mlp.remembering}
         return found
 
     def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
@@ -216,19 +227,24 @@ class HyperNetwork(Generator):
         and so does a trunk that all heads read, between agents as well.
         """
         trained = self.learned and self.embedding.requires_grad
+        inputs = self.embedding.shape[1]
         kernels = [
+            TrunkKernel.free(self._memory(name), self.agents, inputs, False)
+            for name in self.mlp.remembering
+        ]
+        kernels += [
             trunk_kernel(trunk, [self._head(name) for name in names], self.embedding, trained)
             for _, trunk, names in self._trunks()
         ]
         if self.mlp.log_std_size:
-            inputs = self.embedding.shape[1]
             kernels.append(TrunkKernel.free(self.log_std, self.agents, inputs, self.own_log_std))
-        names = (*self.shapes, *([LOG_STD] if self.mlp.log_std_size else []))
+        names = (*self.mlp.remembering, *self.shapes, *([LOG_STD] if self.mlp.log_std_size else []))
         return coupling_forms(names, kernels)
 
     def layer_of(self, parameter: str) -> str:
         """See `Generator.layer_of`; a trunk that all heads read is a layer of its own."""
-        return parameter.removeprefix("parts.").partition("/")[0].partition(".")[0]
+        inside = parameter.removeprefix("parts.").removeprefix("memory.")
+        return inside.partition("/")[0].partition(".")[0]
 
     def jacobian(self) -> str:
         """See `Generator.jacobian`."""
@@ -249,7 +265,13 @@ class HyperNetwork(Generator):
                 if self.own_log_std
                 else "identity for the shared log_std"
             )
+        if self.mlp.memory is not None:
+            parts.append("identity for the shared memory")
         return "; ".join(parts)
+
+    def _memory(self, name: str) -> Tensor:
+        held: Tensor = self.memory[name.replace(".", "/")]
+        return held
 
     def _head(self, name: str) -> nn.Linear:
         head = self.get_submodule(_of_head(name))
@@ -267,6 +289,10 @@ class HyperNetwork(Generator):
             assert isinstance(trunk, nn.Sequential)
             found.append((path, trunk, (name,)))
         return found
+
+
+def _of_memory(name: str) -> str:
+    return f"memory.{name.replace('.', '/')}"
 
 
 def _of_head(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How a hypernetwork's trunks and heads start."""
+"""How memories, and a hypernetwork's trunks and heads, start."""
 
 import math
 from itertools import pairwise
@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator as RandomGenerator
 from torch import Tensor, nn
+
+from trainers.memory import ENCODER, GRU, Memory
 
 
 def gain_scales(
@@ -63,6 +65,31 @@ def make_trunk(widths: tuple[int, ...], random: RandomGenerator) -> nn.Sequentia
             layer.bias.zero_()
         modules += [layer, nn.ReLU()]
     return nn.Sequential(*modules)
+
+
+def initial_memory(
+    memory: Memory, random: RandomGenerator, *, id_columns: int = 0
+) -> dict[str, Tensor]:
+    """Draw a memory's parameters as the official recurrent networks start.
+
+    The dense layer orthogonal with gain sqrt 2; of the gated unit each gate's weights of the state
+    orthogonal with gain 1, those of the input LeCun-normal (as flax starts it); biases 0.
+
+    Args:
+        memory: Its form.
+        random: Source of randomness.
+        id_columns: Number of further inputs to the dense layer, the last ones.
+
+    Returns:
+        Tensors by name.
+    """
+    drawn = {name: torch.zeros(shape) for name, shape in memory.shapes.items()}
+    weight = torch.empty(memory.size, memory.inputs + id_columns)
+    drawn[f"{ENCODER}.weight"] = nn.init.orthogonal_(weight, math.sqrt(2), generator=random)
+    drawn[f"{GRU}.weight_ih"].normal_(0, math.sqrt(1 / memory.size), generator=random)
+    for gate in drawn[f"{GRU}.weight_hh"].chunk(3):
+        nn.init.orthogonal_(gate, generator=random)
+    return drawn
 
 
 def orthogonal_units(

@@ -1,7 +1,5 @@
 """Full parameter sharing: one network for all agents, with or without their ID in its input."""
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float, Int
 from torch import Generator as RandomGenerator
@@ -86,9 +84,9 @@ class FuPSID(Slices):
             own_log_std: Whether each agent has its own `log_std`.
             observed: Whether the network reads the observation as well as the ID.
         """
-        read = mlp if observed else replace(mlp, sizes=(0, *mlp.sizes[1:]))
+        read = mlp if observed else mlp.without_observation()
         theta, own = _log_std(initial_theta(read, random, id_columns=agents), agents, own_log_std)
-        first = next(iter(mlp.layers))
+        first = mlp.first
         weight = theta.pop(f"{first}.weight")
         if observed:
             theta = {f"{first}.weight": weight[:, :-agents].clone()} | theta
@@ -97,7 +95,7 @@ class FuPSID(Slices):
         self._first = first
         self.id_columns = nn.Parameter(weight[:, -agents:].mT.contiguous())  # [agent, hidden]
         if not observed:
-            nothing = torch.zeros(mlp.layers[first])
+            nothing = torch.zeros(mlp.outputs_of_first, mlp.observation_size)
             self.register_buffer("_withheld", nothing, persistent=False)
 
     @classmethod
@@ -115,8 +113,8 @@ class FuPSID(Slices):
         Returns:
             P + N b_1, less a_1 b_1 if the observation is withheld, and the log standard deviations.
         """
-        outputs, inputs = next(iter(mlp.layers.values()))
-        columns = agents * outputs - (0 if observed else inputs * outputs)
+        outputs = mlp.outputs_of_first
+        columns = agents * outputs - (0 if observed else mlp.observation_size * outputs)
         return mlp.size + columns + mlp.log_std_size * (agents if own_log_std else 1)
 
     def forward(self, agents: Int[Tensor, " agent"]) -> Theta:

@@ -61,7 +61,7 @@ class TrunkKernel:
             frozen.
         """
         like = parameter.detach().double()
-        size = parameter.shape[-1] * parameter.requires_grad
+        size = parameter.numel() // (agents if own else 1) * parameter.requires_grad
         pairs = torch.eye(agents).to(like) if own else like.new_ones(agents, agents)
         whole = size * pairs[None]
         nothing = like.new_zeros(1, agents, inputs, inputs)

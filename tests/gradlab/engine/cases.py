@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from trainers.config import HypernetworkConfig, PPOConfig
 from trainers.envs.vector_env import Box, Discrete
 from trainers.generators import METHODS
-from trainers.networks import MLP
+from trainers.networks import MLP, make_network
 from trainers.off_policy import CRITIC, deterministic_actor_loss, q_loss
 from trainers.policies import make_policy
 from trainers.ppo import policy_gradient_loss, policy_loss, value_loss
 
-AGENTS, SAMPLES, OBSERVATION = 3, 10, 5
+AGENTS, SAMPLES, OBSERVATION, TIME = 3, 10, 5, 3
 DECOUPLED = (
     "hypermarl",
     "hypermarl-no-rf",
@@ -30,6 +30,7 @@ SURROGATES = (
     "ppo-continuous",
     "value",
     "value-clipped",
+    "ppo-recurrent",
     "q",
     "dpg",
 )
@@ -72,13 +73,23 @@ def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=random).to(dtype)
         return generator
 
-    policy = make_policy(OBSERVATION, space, hidden=(6, 7), activation="tanh")
-    value = MLP(sizes=(OBSERVATION, 6, 7, 1), activation="relu", head_gain=1.0)
+    recurrent = surrogate.endswith("recurrent")
+    form = {"hidden": (6, 7), "memory_size": None}
+    if recurrent:  # smaller: its oracles are slower
+        form = {"hidden": (3,), "memory_size": 2}
+    policy = make_policy(OBSERVATION, space, activation="tanh", **form)
+    value = make_network(OBSERVATION, 1, activation="relu", head_gain=1.0, **form)
     q = MLP(sizes=(OBSERVATION + 2, 6, 7, 1), activation="relu", head_gain=1.0)
     actor = MLP(sizes=(OBSERVATION, 6, 7, 2), activation="tanh", head_gain=1.0)
-    batch = {"observation": draw(OBSERVATION)}
-    if surrogate in ("value", "value-clipped"):
-        batch |= {"value": 0.1 * draw(), "target": draw()}
+    steps = (TIME,) if recurrent else ()
+    batch = {"observation": draw(*steps, OBSERVATION)}
+    if recurrent:
+        shape = (AGENTS, samples, TIME)
+        batch |= {"memory": 0.5 * draw(2), "starts": torch.rand(shape, generator=random) < 0.3}
+        batch["active"] = torch.rand(shape, generator=random) < 0.8
+        batch["active"][..., 1] = True
+    if surrogate.startswith("value"):
+        batch |= {"value": 0.1 * draw(*steps), "target": draw(*steps)}
         return Case(
             make(value), value_loss(value, PPOConfig(clip_value=surrogate != "value")), batch
         )
@@ -91,9 +102,9 @@ def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
         loss = deterministic_actor_loss(actor, q, box)
         return Case(make(actor), loss, batch, context, (actor, q))
     batch["action"] = (
-        draw(2) if space is box else torch.randint(4, (AGENTS, samples), generator=random)
+        draw(*steps, 2) if space is box else torch.randint(4, (AGENTS, samples), generator=random)
     )
-    batch |= {"advantage": draw(), "log_prob": 0.3 * draw() - 1.5}
+    batch |= {"advantage": draw(*steps), "log_prob": 0.3 * draw(*steps) - 1.5}
     if surrogate.startswith("pg"):
         return Case(make(policy.network), policy_gradient_loss(policy, 0.01), batch)
     return Case(make(policy.network), policy_loss(policy, PPOConfig()), batch)
