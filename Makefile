@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+PEERS := .venv-peers
 OPENGL := libegl1 libgl1 libglu1-mesa libgl1-mesa-dri
 
 .PHONY: demo test test-all check bench browser rendering clean
@@ -21,13 +22,18 @@ check: $(VENV)/.installed  ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed  ## measure the costs anew (half an hour) and write docs/performance.md
+bench: $(VENV)/.installed $(PEERS)/.installed  ## measure the costs anew (an hour) and write docs/performance.md
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
 	$(BIN)/python tests/benchmarks/report.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,peers]"
+	touch $@
+
+$(PEERS)/.installed: constraints.txt  # BenchMARL needs other versions than the project
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet benchmarl==1.5.2 torchrl==0.11.1 tensordict==0.11.0 $$(grep -E "^(numpy|torch|vmas)==" constraints.txt)
 	touch $@
 
 browser:  ## headless Chromium for the page's tests, from the system's packages
@@ -37,4 +43,4 @@ rendering:  ## OpenGL without a screen for the animations' tests, from the syste
 	@dpkg -s $(OPENGL) >/dev/null 2>&1 || { apt-get update -q && apt-get install -y -q $(OPENGL); }
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

@@ -15,7 +15,7 @@ class _Tanh(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return torch.mul(x, 2).sigmoid_().mul_(2).sub_(1)
+        return _value(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ANN401, ARG004
@@ -44,8 +44,14 @@ def tanh(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     Returns:
         Their tangents, within a rounding error of 1.
     """
+    if not torch.is_grad_enabled():  # a function of one's own takes longer to call than to compute
+        return _value(x)
     found: Tensor = _Tanh.apply(x)  # type: ignore[no-untyped-call]
     return found
+
+
+def _value(x: Tensor) -> Tensor:
+    return torch.mul(x, 2).sigmoid_().mul_(2).sub_(1)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": tanh, "relu": torch.relu}

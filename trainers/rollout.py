@@ -11,7 +11,7 @@ from torch import Tensor
 from gradlab.checks import check
 from trainers.acting import act
 from trainers.config import PPOConfig, TrainConfig
-from trainers.critic_input import CRITIC_INPUTS, CriticInput, own_observation
+from trainers.critic_input import CRITIC_INPUTS, CriticInput, own_observation, read_once
 from trainers.envs.vector_env import VectorEnv, kept
 from trainers.finite import check_finite
 from trainers.gae import advantages
@@ -136,7 +136,8 @@ class Collector:
             seen = self._critic_input(observation)
             parameters = critic_theta(seen)
             read, held = critic.read_next(parameters, seen, held)
-            value = critic.forward(parameters, read).squeeze(-1)
+            value = critic.forward(parameters, read_once(read, parameters)).squeeze(-1)
+            value = value.expand(seen.shape[:2])
             if not math.isfinite(value.sum().item()):
                 # Told before anyone acts on it: samplers and simulators would raise errors that
                 # don't say what is wrong.

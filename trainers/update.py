@@ -10,7 +10,7 @@ from torch import Tensor
 from gradlab.checks import check
 from gradlab.quantity import Quantity
 from trainers.config import PPOConfig
-from trainers.critic_input import CriticInput
+from trainers.critic_input import CriticInput, read_once
 from trainers.finite import check_gradient, finite_mean
 from trainers.generators.generator import Generator
 from trainers.networks import Theta
@@ -128,8 +128,12 @@ class Updater:
             losses, log_ratio = self._policy_loss.with_log_ratio(
                 actor.of(batch["observation"]), of_network(batch, "actor")
             )
-            batch["observation"] = self._critic_input(batch["observation"])
-            errors = self._value_loss(critic.of(batch["observation"]), of_network(batch, "critic"))
+            read = self._critic_input(batch["observation"])
+            theta = critic.of(read)
+            if "starts" not in batch:  # memories are each agent's own
+                read = read_once(read, theta)
+            batch["observation"] = read
+            errors = self._value_loss(theta, of_network(batch, "critic"))
             share = len(rows) / places
             policy = share * finite_mean("policy_loss", of_chunk(losses))
             value = share * finite_mean("value_loss", of_chunk(errors))

@@ -17,9 +17,7 @@ from measure import write
 from throughput_gate import MARK, Gate
 
 HERE = Path(__file__).parent
-PEERS = Path(
-    __import__("os").environ.get("PEERS") or HERE.parents[1] / ".venv-peers" / "bin" / "python"
-)
+PEERS = Path(os.environ.get("PEERS") or HERE.parents[1] / ".venv-peers" / "bin" / "python")
 
 PPO = {
     "epochs": 4,
@@ -214,6 +212,7 @@ def main():
     parser.add_argument("--copies", nargs="*", type=int, default=[32, 128, 512])
     parser.add_argument("--allocator", nargs="*", default=list(ALLOCATORS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--note", help="said beside the results")
     parser.add_argument("--try", action="store_true", dest="only_try", help="keep no results")
     parser.add_argument("cell", nargs="?")
     asked = parser.parse_args()
@@ -239,7 +238,7 @@ def main():
                     rounds = max(2, asked.rounds if copies < 512 else asked.rounds - 2)
                     rows += measure_cell(cell, allocator, rounds)
     if not asked.only_try:
-        write("throughput", rows)
+        write("throughput", rows, note=asked.note)
 
 
 if __name__ == "__main__":

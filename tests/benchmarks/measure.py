@@ -67,7 +67,7 @@ def _status(field):
     raise RuntimeError(f"no {field}")
 
 
-def write(name, rows):
+def write(name, rows, note=None):
     """Keep results with the versions they were made with."""
     packages = ("torch", "numpy", "opacus", "backpack-for-pytorch", "vmas")
     record = {
@@ -75,7 +75,7 @@ def write(name, rows):
         | {"python": platform.python_version()},
         "machine": {"processor": _processor(), "cores": torch.get_num_threads()},
         "rows": rows,
-    }
+    } | ({"note": note} if note else {})
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -172,6 +172,70 @@ def training():
     )
 
 
+def throughput():
+    record = load("throughput")
+    cells = {}
+    for row in record["rows"]:
+        place = tuple(row[k] for k in ("allocator", "scenario", "algorithm", "copies"))
+        cells.setdefault(place, {})[row["side"]] = row["cpu"]
+    rows, parts = [], []
+    for (allocator, scenario, algorithm, copies), sides in cells.items():
+        place = [allocator, scenario, algorithm, copies]
+        total = {side: cost["total"] for side, cost in sides.items()}
+        peer = {m: total[f"benchmarl {m}"] for m in ("fups", "nops")}
+        own = {m: total[f"gradlab {m}"] for m in ("fups", "nops", "hypermarl")}
+        rows.append([
+            *place,
+            *(f"{peer[m]:,.0f}" for m in peer),
+            *(f"{own[m]:,.0f} ({own[m] / peer.get(m, peer['fups']):.2f})" for m in own),
+            f"{own['fups'] / own['hypermarl']:.2f}",
+        ])
+        raw = total["raw"]
+        fast = [sides[f"{library} fups"] for library in ("benchmarl", "gradlab")]
+        parts.append([
+            *place,
+            f"{raw:,.0f}",
+            *(f"{side['collection']:,.0f} ({side['collection'] / raw:.0%})" for side in fast),
+            *(f"{side['training']:,.0f}" for side in fast),
+        ])
+    places = ("allocator", "scenario", "algorithm", "copies")
+    columns = (
+        *places,
+        "BenchMARL FuPS",
+        "NoPS",
+        "gradlab FuPS",
+        "NoPS",
+        "HyperMARL",
+        "HyperMARL's time / FuPS's",
+    )
+    of_parts = (
+        *places,
+        "stepping alone",
+        "BenchMARL collects",
+        "gradlab collects",
+        "BenchMARL updates",
+        "gradlab updates",
+    )
+    return (
+        "## Whole trainings beside BenchMARL\n\n"
+        "Frames per CPU second; a frame is a step of all 4 agents in one copy. Rollouts of 100 steps, "
+        "episodes of 100, 4 epochs of 4 minibatches, tanh networks 64-64 for actor and critic, Adam's, the "
+        "clip ranges and the discounts alike, the same arguments of the scenario, one torch thread each; "
+        "gradlab with light diagnostics in every update, of as many samples as a tenth of them would be at "
+        "the default `--every 10`, and with its records and checkpoints; BenchMARL without evaluation, "
+        "loggers or checkpoints. What differs: BenchMARL's policy also makes its standard deviation from the "
+        "observation and squashes actions by a tanh, and it does not normalise advantages. Each side is a process of its "
+        "own; they take turns, one rollout and update at a time; medians over turns. In brackets: the ratio "
+        "to BenchMARL with the same sharing (HyperMARL: to its FuPS). Allocator *default*: glibc's; "
+        "*keeping*: both sides' freed memory is kept for reuse (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_, "
+        "MALLOC_TOP_PAD_).\n\n"
+        + table(columns, rows)
+        + "\nThe parts, with FuPS. *Stepping alone*: VMAS with actions drawn beforehand, all copies reset in one "
+        "batch at the end of an episode, the limit for collection as VMAS is usually called. gradlab steps it "
+        "in torch's inference mode.\n\n" + table(of_parts, parts) + provenance(record)
+    )
+
+
 def learning():
     record = load("learning")
     cells = {}
@@ -204,7 +268,16 @@ def learning():
 
 def main():
     PAGE.write_text(
-        (HEAD + engine() + psi() + scale() + statistics() + training() + learning()).rstrip("\n")
+        (
+            HEAD
+            + engine()
+            + psi()
+            + scale()
+            + statistics()
+            + training()
+            + throughput()
+            + learning()
+        ).rstrip("\n")
         + "\n"
     )
 
