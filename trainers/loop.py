@@ -33,6 +33,7 @@ from trainers.policies import make_policy
 from trainers.ppo import policy_loss, value_loss
 from trainers.rollout import Rollout, make_collector
 from trainers.update import Updater, check_minibatches
+from trainers.values import Critics
 
 Progress = Callable[[int, float], None]
 """Called before the first update and after each, with frames done and the last mean return."""
@@ -309,8 +310,11 @@ class Trainer:
                 self.config.steps,
                 self.policy,
                 fixed_parameters(self.actor),
-                self.value,
-                fixed_parameters(self.critic),
+                Critics(
+                    network=self.value,
+                    theta=fixed_parameters(self.critic),
+                    reads=CRITIC_INPUTS[self.config.algorithm],
+                ),
                 self.config.ppo,
                 self.random,
             )

@@ -11,14 +11,14 @@ from torch import Tensor
 from gradlab.checks import check
 from trainers.acting import act
 from trainers.config import PPOConfig, TrainConfig
-from trainers.critic_input import CRITIC_INPUTS, CriticInput, own_observation, read_once
 from trainers.envs.vector_env import VectorEnv, kept
 from trainers.finite import check_finite
 from trainers.gae import advantages
 from trainers.memory import forgotten
-from trainers.networks import MLP, Theta
+from trainers.networks import Theta
 from trainers.normalisers import ObservationNormaliser, RewardNormaliser
 from trainers.policies import Policy
+from trainers.values import Critics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,6 @@ class Collector:
         self,
         env: VectorEnv,
         *,
-        critic_input: CriticInput = own_observation,
         team_reward: bool = False,
         observations: ObservationNormaliser | None = None,
         rewards: RewardNormaliser | None = None,
@@ -72,7 +71,6 @@ class Collector:
 
         Args:
             env: The environment.
-            critic_input: What critics read of the observations.
             team_reward: Let every agent learn from the mean of all agents' rewards.
             observations: Scales observations.
             rewards: Scales the rewards that are learned from.
@@ -84,7 +82,6 @@ class Collector:
             self.normalisers["observation"] = observations
         if rewards is not None:
             self.normalisers["reward"] = rewards
-        self._critic_input = critic_input
         self._team_reward = team_reward
         self._observations = observations
         self._rewards = rewards
@@ -103,8 +100,7 @@ class Collector:
         steps: int,
         policy: Policy,
         theta: Callable[[Tensor], Theta],
-        critic: MLP,
-        critic_theta: Callable[[Tensor], Theta],
+        critics: Critics,
         config: PPOConfig,
         random: RandomGenerator,
     ) -> Rollout:
@@ -114,8 +110,7 @@ class Collector:
             steps: Number of steps of every copy.
             policy: Draws actions.
             theta: Policy parameters of all agents, given what they see.
-            critic: Value network.
-            critic_theta: Its parameters for all agents, given what they see.
+            critics: The value functions.
             config: Discount and lambda.
             random: Source of the actions' randomness.
 
@@ -126,27 +121,13 @@ class Collector:
             NotFinite: If an observation, a value, an action or a reward is not finite.
         """
         columns: dict[str, list[Tensor]] = {}
-        truncated = []
+        truncated, over, final = [], [], {}
         began_with = {f"{network}_memory": held for network, held in self.memory.items()}
         starts = torch.zeros_like(self.active)  # a memory is already empty at the first step
         returns: list[float] = []
         lengths: list[int] = []
 
-        def value_of(observation: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            seen = self._critic_input(observation)
-            parameters = critic_theta(seen)
-            read, held = critic.read_next(parameters, seen, held)
-            value = critic.forward(parameters, read_once(read, parameters)).squeeze(-1)
-            value = value.expand(seen.shape[:2])
-            if not math.isfinite(value.sum().item()):
-                # Told before anyone acts on it: samplers and simulators would raise errors that
-                # don't say what is wrong.
-                check_finite("observation", observation, ("agent", "copy"))
-                check_finite("value", value, ("agent", "copy"))
-            return value, held
-
-        value, of_critic = value_of(self.observation, self.memory.get("critic"))
-        for _ in range(steps):
+        for time in range(steps):
             mask = self.env.action_mask()
             if mask is not None:
                 mask = mask | ~self.active[..., None]
@@ -156,23 +137,16 @@ class Collector:
             step = self.env.step(policy.to_env(action)).of_active(self.active)
             ended, active = step.ended, step.act_next
             observation = self._read(step.observation, active)
-            before_end = of_critic
-            if of_actor is not None and of_critic is not None:
-                held = {"actor": of_actor, "critic": of_critic}
-                self.memory = {name: forgotten(state, ended) for name, state in held.items()}
-            following, of_critic = value_of(observation, self.memory.get("critic"))
-            next_value = following
+            if of_actor is not None:
+                self.memory["actor"] = forgotten(of_actor, ended)
             if step.truncated.any():
-                final = self.scaled(step.final_observation, step.active)
-                next_value = torch.where(step.truncated, value_of(final, before_end)[0], following)
+                final[time] = self.scaled(step.final_observation, step.active)
             row = {
                 "observation": self.observation,
                 "action": action,
                 "log_prob": log_prob,
-                "value": value,
                 "reward": step.reward,
                 "paid": self._paid(step.reward, ended, self.active),
-                "next_value": next_value,
                 "active": self.active,
                 "left": step.left,
                 "starts": starts,
@@ -182,6 +156,7 @@ class Collector:
             for name, tensor in row.items():
                 columns.setdefault(name, []).append(tensor)
             truncated.append(step.truncated)
+            over.append(ended)
             self.running_return += step.reward.mean(0)
             self.running_length += 1
             if ended.any():
@@ -189,22 +164,30 @@ class Collector:
                 lengths += self.running_length[ended].tolist()
                 self.running_return[ended] = 0
                 self.running_length[ended] = 0
-            self.observation, self.active, value = observation, active, following
+            self.observation, self.active = observation, active
             starts = ended.expand_as(self.active)
         stacked = {name: torch.stack(rows, dim=1) for name, rows in columns.items()}
         reward = stacked.pop("reward")
-        for name, tensor in (("observation", stacked["observation"]), ("reward", reward)):
-            check_finite(name, tensor, ("agent", "step", "copy"))
+        check_finite("reward", reward, ("agent", "step", "copy"))
+        seen = torch.stack([*columns["observation"], self.observation], dim=1)
+        value, following, memory = critics.values(
+            seen, final, torch.stack(over), self.memory.get("critic")
+        )
+        check_finite("value", value, ("agent", "step", "copy"))
+        check_finite("value", following, ("agent", "step", "copy"))
+        if memory is not None:
+            self.memory["critic"] = memory
+        stacked["value"] = value
         advantage = advantages(
             stacked.pop("paid"),
-            stacked["value"],
-            stacked.pop("next_value"),
+            value,
+            following,
             stacked.pop("left"),
             torch.stack(truncated),
             discount=config.discount,
             gae_lambda=config.gae_lambda,
         )
-        stacked |= {"advantage": advantage, "target": advantage + stacked["value"]}
+        stacked |= {"advantage": advantage, "target": advantage + value}
         if stacked["active"].all():
             del stacked["active"]
         if self.memory:
@@ -222,11 +205,12 @@ class Collector:
 
     def _read(self, observation: Tensor, active: Tensor) -> Tensor:
         """What the networks read of an observation that is acted on."""
-        if self._observations is not None:
-            # What is not finite would spread to all agents through the moments.
+        # Told before anyone acts on it, or learns how to scale it: samplers and simulators would
+        # raise errors that don't say what is wrong.
+        if not math.isfinite(observation.sum().item()):
             check_finite("observation", observation, ("agent", "copy"))
-            if active.any():
-                self._observations.learn(observation[active])
+        if self._observations is not None and active.any():
+            self._observations.learn(observation[active])
         return self.scaled(observation, active)
 
     def scaled(self, observation: Tensor, active: Tensor | None = None) -> Tensor:
@@ -280,7 +264,6 @@ def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
         )
     return Collector(
         env,
-        critic_input=CRITIC_INPUTS[config.algorithm],
         team_reward=config.reward == "team",
         observations=observations,
         rewards=rewards,

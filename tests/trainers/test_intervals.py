@@ -15,10 +15,12 @@ import torch
 from gradlab.decomposition import decompose
 from trainers.acting import fixed_parameters
 from trainers.config import TrainConfig
+from trainers.critic_input import own_observation
 from trainers.envs import make_env
 from trainers.loop import Trainer
 from trainers.ppo import normalise
 from trainers.rollout import Collector
+from trainers.values import Critics
 
 AGENTS, UPDATES, ROLLOUTS = 4, 5, 50
 PAIRS = np.triu_indices(AGENTS, k=1)
@@ -39,8 +41,11 @@ def decompositions(method, env, copies):
                 config.steps,
                 trainer.policy,
                 fixed_parameters(trainer.actor),
-                trainer.value,
-                fixed_parameters(trainer.critic),
+                Critics(
+                    network=trainer.value,
+                    theta=fixed_parameters(trainer.critic),
+                    reads=own_observation,
+                ),
                 config.ppo,
                 trainer.random,
             ).samples
