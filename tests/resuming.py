@@ -1,6 +1,7 @@
 """Trainings that die at a chosen moment, and what must be the same in the end."""
 
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from gradlab.run import open_run
-from trainers.checkpoints import newest_checkpoint
+from trainers.checkpoints import Saver, newest_checkpoint
 from trainers.train import train_settings
 
 ANYWHERE = ("/gradlab/", "/trainers/", "/vmas/")
@@ -18,6 +19,8 @@ WRITING = ("/trainers/checkpoints.py", "/gradlab/run_writer.py")
 
 def train_until_killed(settings, out, fatal, files, counted):
     """Train; die by SIGKILL right before the `fatal`-th call that is made in some files.
+
+    Every other update is checkpointed.
 
     Args:
         settings: What `TrainConfig` takes.
@@ -39,6 +42,14 @@ def train_until_killed(settings, out, fatal, files, counted):
             if calls == fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    save, updates = Saver.save, itertools.count()
+
+    def save_every_other(saver, run, state, *, at_once=False):
+        """Whatever the time, so that how far a life gets does not depend on the machine."""
+        if at_once or next(updates) % 2:
+            save(saver, run, state, at_once=True)
+
+    Saver.save = save_every_other
     sys.setprofile(count)
     train_settings(settings, out)
     sys.setprofile(None)
