@@ -1,6 +1,6 @@
 """Returns at equal frames beside BenchMARL's IPPO: same scenarios, settings and evaluation.
 
-Each training is a process of its own. What is done is kept, so that the script can be run again.
+Each training is a process of its own.
 """
 
 import argparse
@@ -26,9 +26,9 @@ LIBRARIES = ("benchmarl", "gradlab")
 
 
 def cells(seeds, frames):
-    for task, (scenario, args) in TASKS.items():
-        for method in ("fups", "nops"):
-            for seed in range(seeds):
+    for seed in range(seeds):
+        for task, (scenario, args) in TASKS.items():
+            for method in ("fups", "nops"):
                 yield {
                     "task": task,
                     "scenario": scenario,

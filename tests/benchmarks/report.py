@@ -236,6 +236,66 @@ def throughput():
     )
 
 
+def growth():
+    record = load("growth")
+    found = record["rows"]
+    tables = []
+    for axis in ("agents", "copies"):
+        cells = [
+            [
+                row[axis],
+                row["method"],
+                f"{row['us per frame']['collection']:,.1f}",
+                f"{row['us per frame']['training']:,.1f}",
+                f"{row['of fups']['training']:.2f}",
+                f"{row['of fups']['total']:.2f}",
+                f"{row['MiB']:,.0f}",
+            ]
+            for row in found[axis]
+        ]
+        columns = (axis, "method", "collection, us per frame", "training, us per frame")
+        columns += ("training, of FuPS's", "whole, of FuPS's", "MiB")
+        tables.append(table(columns, cells))
+    grouped = [
+        [
+            row["agents"],
+            f"{1e3 * row['seconds']['grouped']:,.2f}",
+            f"{1e3 * row['seconds']['all on all']:,.1f}",
+            f"{row['seconds']['all on all'] / row['seconds']['grouped']:.1f}",
+        ]
+        for row in found["grouping"]
+    ]
+    (compiled,), (profile,) = found["compile"], found["profile"]
+    eager, faster = (compiled["seconds"][k] for k in ("eager", "compiled"))
+    shares = [[kind, f"{share:.0%}"] for kind, share in profile["shares"].items()]
+    shares.append(["all else", f"{1 - sum(profile['shares'].values()):.0%}"])
+    floor = profile["matrix products alone"]
+    return (
+        "## How trainings grow\n\n"
+        "CPU time for each frame (a step of all agents in one copy) of independent PPO without diagnostics on "
+        "`vmas/dispersion`, rollouts of 32 steps, default settings, one thread; the methods took turns. "
+        "HyperMARL makes the same policy networks as FuPS has. Memory: the peak of a rollout and its update "
+        "beyond what was resident before.\n\n64 copies:\n\n"
+        + tables[0]
+        + "\n4 agents:\n\n"
+        + tables[1]
+        + "\nEach agent's samples through its own network only, in one batched product, against every "
+        "agent's network on all samples and then a choice, as the official code does; forward and backward "
+        f"pass of the policies, {found['grouping'][0]['samples']:,} samples of each agent:\n\n"
+        + table(("agents", "grouped, ms", "all on all, ms", "ratio"), grouped)
+        + f"\n`torch.compile` of both losses of a chunk of {compiled['rows']:,} rows, forward and backward: "
+        f"{1e3 * eager:.1f} ms as they are, {1e3 * faster:.1f} ms compiled "
+        f"({eager / faster:.2f} times as fast), after {compiled['seconds to compile']:.0f} s of compiling. "
+        "It is not used.\n\n"
+        f"Where an update of FuPS with 400 copies goes ({profile['seconds']:.2f} s for "
+        f"{profile['rows']:,} rows), by torch's profiler:\n\n"
+        + table(("kind", "share"), shares)
+        + "\nThe same matrix products by themselves, with their results' memory at hand, take "
+        f"{floor:.2f} s: {floor / profile['seconds']:.0%} of it, the limit for any update in this "
+        "precision.\n" + provenance(record)
+    )
+
+
 def learning():
     record = load("learning")
     cells = {}
@@ -276,6 +336,7 @@ def main():
             + statistics()
             + training()
             + throughput()
+            + growth()
             + learning()
         ).rstrip("\n")
         + "\n"
