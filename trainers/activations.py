@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 class _Tanh(torch.autograd.Function):
     """With the derivative of tanh itself, from its value: one pass, and nothing else is kept."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -20,18 +19,11 @@ class _Tanh(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ANN401, ARG004
         ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
         (output,) = ctx.saved_tensors
         found: Tensor = torch.ops.aten.tanh_backward(gradient, output)
-        return found
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # noqa: ANN401
-        (output,) = ctx.saved_tensors
-        found: Tensor = torch.ops.aten.tanh_backward(tangent, output)
         return found
 
 
@@ -44,7 +36,10 @@ def tanh(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     Returns:
         Their tangents, within a rounding error of 1.
     """
-    if not torch.is_grad_enabled():  # a function of one's own takes longer to call than to compute
+    # A function of one's own takes long to call, under transforms longer than to compute.
+    if is_functorch_wrapped_tensor(x):
+        return torch.tanh(x)
+    if not torch.is_grad_enabled():
         return _value(x)
     found: Tensor = _Tanh.apply(x)  # type: ignore[no-untyped-call]
     return found
