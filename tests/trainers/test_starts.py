@@ -25,7 +25,7 @@ EASY = {"n_food": 1, "food_radius": 0.5, "max_steps": 9}
 
 def play(env, steps, seed=0):
     random = torch.Generator().manual_seed(seed)
-    size = len(env.spec.action_space.low)
+    size = env.spec.action_space.size
     taken = []
     for _ in range(steps):
         action = 2 * torch.rand(env.spec.agents, env.copies, size, generator=random) - 1
