@@ -10,13 +10,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from analyses.studies.study import Findings, Study, Verdict
+from analyses.studies.study import Findings, Study, Verdict, over_last_tenth
 from gradlab.run import Run
 from trainers.envs.matrix_games import NAMES, chance_return
 
 METHODS = ("fups", "fups-id", "fups-id-nostate", "nops", "hypermarl")
 _FRAMES = 100_000
-_LAST = 0.1  # share of a training over which its reward is averaged
 _RESAMPLES = 2000
 _AT_CHANCE = 0.03
 _LEARNED = 0.97
@@ -34,19 +33,6 @@ def _runs(games: tuple[str, ...], agents: tuple[int, ...], seeds: int) -> dict[s
         }
         for game, n, method, seed in product(games, agents, METHODS, range(seeds))
     }
-
-
-def final_reward(run: Run) -> float:
-    """Mean reward per step and agent over the last tenth of a training, actions sampled.
-
-    Args:
-        run: A finished run.
-
-    Returns:
-        The mean; 1 is every game's optimum.
-    """
-    rewards = run.quantity("reward_per_step").to_numpy()
-    return float(np.mean(rewards[-max(1, int(_LAST * len(rewards))) :]))
 
 
 def interquartile_mean(values: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -79,7 +65,7 @@ def _report(runs: Mapping[str, Run]) -> Findings:
             "game": str(run.config["env"]),
             "agents": int(run.info["agents"]),
             "method": run.method,
-            "reward": final_reward(run),
+            "reward": over_last_tenth(run, "reward_per_step"),
         }
         for run in runs.values()
     ])

@@ -4,17 +4,15 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from analyses.studies.study import Findings, Study, Verdict
+from analyses.studies.study import Findings, Study, Verdict, over_last_tenth
 from gradlab.run import Run
 from trainers.envs.matrix_games import chance_return
 
 METHODS = ("fups", "fups-id", "nops", "hypermarl")
 _LEARNED = 0.97
 _AT_CHANCE = 0.03
-_LAST = 0.1  # share of a training over which its return is averaged
 _FIGURES = {"return": 3, "negative cosines of g": 3, "mean cosine of g": 3, "seconds": 0}
 
 
@@ -31,19 +29,6 @@ def _runs(agents: tuple[int, ...], seeds: int) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def final_return(run: Run) -> float:
-    """Mean sampled return over the last tenth of a training.
-
-    Args:
-        run: A finished run.
-
-    Returns:
-        The mean; 1 is the game's optimum.
-    """
-    returns = run.quantity("episode_return").to_numpy()
-    return float(np.nanmean(returns[-max(1, int(_LAST * len(returns))) :]))
-
-
 def _over_training(run: Run, quantity: str) -> float:
     """Mean over the diagnosed updates of a figure of the whole actor in psi-space."""
     where = {"network": "actor", "space": "psi", "layer": "all"}
@@ -55,7 +40,7 @@ def _report(runs: Mapping[str, Run]) -> Findings:
         {
             "method": run.method,
             "agents": int(run.info["agents"]),
-            "return": final_return(run),
+            "return": over_last_tenth(run, "episode_return"),
             "negative cosines of g": _over_training(run, "negative_rate"),
             "mean cosine of g": _over_training(run, "mean_cosine"),
             "seconds": float(run.quantity("seconds").sum()),

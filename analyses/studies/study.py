@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from gradlab.checks import check
@@ -68,6 +69,20 @@ class Study:
     budgets: Mapping[str, Mapping[str, Mapping[str, Any]]]
     caption: str
     report: Callable[[Mapping[str, Run]], Findings]
+
+
+def over_last_tenth(run: Run, quantity: str) -> float:
+    """Mean of a recorded scalar over the last tenth of a training's updates.
+
+    Args:
+        run: A finished run.
+        quantity: Its name.
+
+    Returns:
+        The mean over the updates that have it.
+    """
+    values = run.quantity(quantity).to_numpy()
+    return float(np.nanmean(values[-max(1, len(values) // 10) :]))
 
 
 @dataclass(frozen=True, kw_only=True)
