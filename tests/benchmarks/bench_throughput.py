@@ -94,29 +94,37 @@ def raw(cell, gate):
             gate.collected()
 
 
+def settings(cell):
+    """What gradlab trains a cell with, but for frames and diagnostics."""
+    return {
+        "method": cell["method"],
+        "algorithm": cell["algorithm"],
+        "env": f"vmas/{cell['scenario']}",
+        "env_args": {"max_steps": cell["steps"], **cell["args"]},
+        "agents": cell["agents"],
+        "copies": cell["copies"],
+        "steps": cell["steps"],
+        "seed": cell["seed"],
+        "network": {"hidden": cell["hidden"]},
+        "ppo": cell["ppo"],
+    }
+
+
 def gradlab(cell, gate):
     """A whole training as `gradlab train` does it, with light diagnostics in every update."""
     from gradlab.run_writer import RunWriter
     from trainers.config import TrainConfig
     from trainers.loop import Trainer, describe
 
-    frames = cell["copies"] * cell["steps"]
     trainer = Trainer(
-        TrainConfig.model_validate({
-            "method": cell["method"],
-            "algorithm": cell["algorithm"],
-            "env": f"vmas/{cell['scenario']}",
-            "env_args": {"max_steps": cell["steps"], **cell["args"]},
-            "agents": cell["agents"],
-            "copies": cell["copies"],
-            "steps": cell["steps"],
-            "frames": frames * 10_000,
-            "seed": cell["seed"],
-            "network": {"hidden": cell["hidden"]},
-            "ppo": cell["ppo"],
-            "diagnostics": cell.get("diagnostics", "light"),
-            "every": 1,  # of fewer samples than every tenth: the same share of the time
-        })
+        TrainConfig.model_validate(
+            settings(cell)
+            | {
+                "frames": cell["copies"] * cell["steps"] * 10_000,
+                "diagnostics": cell.get("diagnostics", "light"),
+                "every": 1,  # of fewer samples than every tenth: the same share of the time
+            }
+        )
     )
     collect = trainer._collect
 

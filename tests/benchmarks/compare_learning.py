@@ -12,7 +12,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench_throughput import HERE, PEERS, PPO, SCENARIOS
+from bench_throughput import HERE, PEERS, PPO, SCENARIOS, settings
 from measure import write
 
 FRAMES, SEEDS = 640_000, 3
@@ -53,23 +53,13 @@ def gradlab(cell):
     from trainers.config import TrainConfig
     from trainers.loop import Trainer, describe
 
+    # BenchMARL's loss has no clipped values, and its weights of value and entropy.
+    ppo = {"clip_value": False, "value_coefficient": 1.0, "entropy_coefficient": 0.0}
     trainer = Trainer(
-        TrainConfig.model_validate({
-            "method": cell["method"],
-            "algorithm": cell["algorithm"],
-            "env": f"vmas/{cell['scenario']}",
-            "env_args": {"max_steps": cell["steps"], **cell["args"]},
-            "agents": cell["agents"],
-            "copies": cell["copies"],
-            "steps": cell["steps"],
-            "frames": cell["frames"],
-            "seed": cell["seed"],
-            "network": {"hidden": cell["hidden"]},
-            # BenchMARL's loss has no clipped values, and its weights of value and entropy.
-            "ppo": cell["ppo"]
-            | {"clip_value": False, "value_coefficient": 1.0, "entropy_coefficient": 0.0},
-            "diagnostics": "light",
-        })
+        TrainConfig.model_validate(
+            settings(cell)
+            | {"frames": cell["frames"], "ppo": cell["ppo"] | ppo, "diagnostics": "light"}
+        )
     )
     with tempfile.TemporaryDirectory() as folder, RunWriter(Path(folder, "run")) as writer:
         writer.describe(**describe(trainer), state="running")
