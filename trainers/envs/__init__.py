@@ -1,13 +1,32 @@
 """Environments by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from gradlab.checks import check, unknown_name
 from trainers.envs.matrix_games import NAMES, MatrixGame
 from trainers.envs.vector_env import VectorEnv
 from trainers.envs.vmas import VmasEnv, scenario_files
 
-_VMAS = "vmas/"
+
+class Family(NamedTuple):
+    """Environments whose names begin alike.
+
+    Attributes:
+        names: Lists what can be made here, without what all names begin with; empty if a package
+            that the family needs is not installed.
+        make: Makes one, from its name and the keyword arguments of `make_env`; raises UsageError,
+            which says what to install, if a package is not installed.
+    """
+
+    names: Callable[[], Iterable[str]]
+    make: Callable[..., VectorEnv]
+
+
+FAMILIES = {
+    "vmas": Family(scenario_files, VmasEnv),
+}
+"""By what their names begin with, before the slash."""
 
 
 def environment_names() -> list[str]:
@@ -16,7 +35,10 @@ def environment_names() -> list[str]:
     Returns:
         Their registered names.
     """
-    return [*NAMES, *(_VMAS + scenario for scenario in scenario_files())]
+    return [
+        *NAMES,
+        *(f"{family}/{name}" for family, (names, _) in FAMILIES.items() for name in names()),
+    ]
 
 
 def make_env(
@@ -42,14 +64,16 @@ def make_env(
         The environment, to be reset before its first step.
 
     Raises:
-        UsageError: If the name, an argument or a number is not one that exists.
+        UsageError: If the name, an argument or a number is not one that exists, or a package that
+            the environment needs is not installed.
     """
     check(copies >= 1, "copies", "be at least 1", copies)
     check(agents is None or agents >= 1, "agents", "be at least 1", agents)
     args = args or {}
     if name in NAMES:
         return MatrixGame(name, copies=copies, agents=agents, args=args)
-    if name.startswith(_VMAS):
-        scenario = name.removeprefix(_VMAS)
-        return VmasEnv(scenario, copies=copies, agents=agents, seed=seed, args=args, info=info)
+    family, slash, own = name.partition("/")
+    if slash and family in FAMILIES:
+        make = FAMILIES[family].make
+        return make(own, copies=copies, agents=agents, seed=seed, args=args, info=info)
     raise unknown_name("environment", name, environment_names())
