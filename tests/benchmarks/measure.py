@@ -67,9 +67,11 @@ def _status(field):
     raise RuntimeError(f"no {field}")
 
 
-def write(name, rows, note=None):
+PACKAGES = ("torch", "numpy", "opacus", "backpack-for-pytorch", "vmas")
+
+
+def write(name, rows, note=None, packages=PACKAGES):
     """Keep results with the versions they were made with."""
-    packages = ("torch", "numpy", "opacus", "backpack-for-pytorch", "vmas")
     record = {
         "versions": {p: importlib.metadata.version(p) for p in packages}
         | {"python": platform.python_version()},

@@ -325,6 +325,29 @@ def learning():
     )
 
 
+def environments():
+    record = load("environments")
+    rows = [
+        [
+            row["environment"],
+            row["copies"],
+            f"{row['per second']['raw']:,.0f}",
+            f"{row['per second']['gradlab']:,.0f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in record["rows"]
+    ]
+    columns = ("environment", "copies", "its own stepping", "through gradlab", "ratio")
+    return (
+        "## Environments\n\n"
+        "Steps per second of one copy (each moves all agents) with random actions, drawn beforehand, one torch "
+        "thread: the simulator as its own documentation steps it, with finished episodes reset, against the "
+        "adapter that trainings use. They took turns in one process; medians.\n\n"
+        + table(columns, rows)
+        + provenance(record)
+    )
+
+
 def main():
     PAGE.write_text(
         (
@@ -337,6 +360,7 @@ def main():
             + throughput()
             + growth()
             + learning()
+            + environments()
         ).rstrip("\n")
         + "\n"
     )
