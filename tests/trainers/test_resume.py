@@ -19,6 +19,7 @@ from trainers.checkpoints import newest_checkpoint
 from trainers.config import TrainConfig
 from trainers.envs import make_env
 from trainers.envs.vector_env import Discrete
+from trainers.envs.vmas import scenario_files
 from trainers.train import train_run
 
 CASES = {
@@ -238,7 +239,17 @@ def test_second_trainer_in_one_folder_is_refused(tmp_path):
         RunWriter(tmp_path / "r", resume=True)
 
 
-@pytest.mark.parametrize("scenario", ["navigation", "dispersion", "balance", "flocking"])
+FAST = ("navigation", "dispersion", "flocking", "simple_reference", "simple_tag")
+
+
+@pytest.mark.filterwarnings("ignore:Force limits not specified")
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in scenario_files()
+    ],
+)
 def test_vmas_state_is_all_that_the_future_depends_on(scenario):
     random = torch.Generator().manual_seed(0)
 
@@ -248,18 +259,20 @@ def test_vmas_state_is_all_that_the_future_depends_on(scenario):
     def action(env):
         space, shape = env.spec.action_space, (env.spec.agents, env.copies)
         assert not isinstance(space, Discrete)
-        unit = torch.rand(*shape, len(space.low), generator=random)
-        return space.low + (space.high - space.low) * unit
+        unit = torch.rand(*shape, space.size, generator=random)
+        low, high = (end[:, None] if end.dim() == 2 else end for end in (space.low, space.high))
+        return low + (high - low) * unit
 
     env, other = make(0), make(5)
-    env.reset()
-    for _ in range(5):
-        env.step(action(env))
-    other.reset()
+    for played, steps in ((env, 10), (other, 5)):  # agents' goals may change when all start anew
+        played.reset()
+        for _ in range(steps):
+            played.step(action(played))
     other.load_state(*env.state())
-    for _ in range(10):
+    for _ in range(17):
         following = action(env)
         one, two = env.step(following), other.step(following)
         assert torch.equal(one.observation, two.observation)
         assert torch.equal(one.reward, two.reward)
         assert torch.equal(one.truncated, two.truncated)
+        assert torch.equal(one.terminated, two.terminated)
