@@ -181,7 +181,7 @@ def test_run_from_a_preset_resumes_with_or_without_its_name(tmp_path, monkeypatc
     assert "trained with preset='specialisation', not 'dispersion'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["smax-2s3z", "mamujoco-ant-4x2", "bps-1"])
+@pytest.mark.parametrize("name", ["smax-2s3z", "mamujoco-ant-4x2"])
 def test_preset_whose_environment_is_not_there_is_refused_as_that_environment(capsys, name):
     assert main(["train", "--env", config(name).env]) == 2
     expected = capsys.readouterr()

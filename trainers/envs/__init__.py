@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from gradlab.checks import check, unknown_name
+from trainers.envs.blind_spread import GROUPS, BlindSpread
 from trainers.envs.matrix_games import NAMES, MatrixGame
 from trainers.envs.vector_env import VectorEnv
 from trainers.envs.vmas import VmasEnv, scenario_files
@@ -25,6 +26,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "vmas": Family(scenario_files, VmasEnv),
+    "bps": Family(lambda: GROUPS, BlindSpread),
 }
 """By what their names begin with, before the slash."""
 
