@@ -239,9 +239,11 @@ def test_library_loads_none_of_the_other_packages():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_functions_are_not_hidden_by_modules_of_their_name():
+def test_functions_are_not_hidden_by_modules_of_their_name_and_no_simulator_is_loaded():
     code = (
-        "import trainers.loop, analyses.conflict, gradlab\n"
-        "assert all(callable(getattr(gradlab, name)) for name in gradlab.__all__)"
+        "import sys, trainers.loop, trainers.envs, analyses.conflict, gradlab\n"
+        "assert all(callable(getattr(gradlab, name)) for name in gradlab.__all__)\n"
+        "assert 'smax/3m' in trainers.envs.environment_names()\n"
+        "assert not {'jax', 'jaxmarl', 'vmas'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

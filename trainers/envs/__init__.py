@@ -6,6 +6,7 @@ from typing import NamedTuple
 from gradlab.checks import check, unknown_name
 from trainers.envs.blind_spread import GROUPS, BlindSpread
 from trainers.envs.matrix_games import NAMES, MatrixGame
+from trainers.envs.smax import SmaxEnv, map_names
 from trainers.envs.vector_env import VectorEnv
 from trainers.envs.vmas import VmasEnv, scenario_files
 
@@ -25,6 +26,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
+    "smax": Family(map_names, SmaxEnv),
     "vmas": Family(scenario_files, VmasEnv),
     "bps": Family(lambda: GROUPS, BlindSpread),
 }

@@ -49,6 +49,8 @@ class EnvSpec:
             an agent's own is 0.
         action_sizes: Numbers of the agents' own actions, or of their components, if they differ.
             What is beyond an agent's own is never taken, or has no effect.
+        world_state_size: Length of what `VectorEnv.world_state` says; None if it says nothing.
+        outcomes: Names of what an episode may come to, see `Step.outcomes`.
     """
 
     name: str
@@ -57,6 +59,8 @@ class EnvSpec:
     action_space: Discrete | Box
     observation_sizes: tuple[int, ...] | None = None
     action_sizes: tuple[int, ...] | None = None
+    world_state_size: int | None = None
+    outcomes: tuple[str, ...] = ()
 
     @property
     def agents(self) -> int:
@@ -118,6 +122,10 @@ class Step:
         active: Which agents go on: the others have left their episode with this step or before, and
             neither act nor learn until it ends. An episode begins with all agents; None: none has
             left. What stands in the other fields for an agent that has left is never read.
+        final_world_state: What `VectorEnv.world_state` would say before any reset; None if the
+            environment has none.
+        outcomes: Whether the episodes came to what they may come to, e.g. "win", by the names in
+            the spec; read where an episode ended.
     """
 
     observation: Float[Tensor, "agent copy obs"]
@@ -127,6 +135,8 @@ class Step:
     final_observation: Float[Tensor, "agent copy obs"]
     active: Bool[Tensor, "agent copy"] | None = None
     info: Mapping[str, Float[Tensor, "agent copy"]] = field(default_factory=dict)
+    final_world_state: Float[Tensor, "copy state"] | None = None
+    outcomes: Mapping[str, Bool[Tensor, " copy"]] = field(default_factory=dict)
 
     @property
     def ended(self) -> Bool[Tensor, " copy"]:
@@ -250,6 +260,16 @@ class VectorEnv(ABC):
         """
         own = self.spec.action_mask
         return None if own is None else own[:, None].expand(-1, self.copies, -1)
+
+    def world_state(self) -> Float[Tensor, "copy state"] | None:
+        """Say how the world stands, after a reset or step; more than any agent may see.
+
+        An environment that knows it overrides this, and says its size in the spec.
+
+        Returns:
+            What critics may read; None: there is no such thing.
+        """
+        return None
 
     @abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
