@@ -33,7 +33,7 @@ from gradlab.engine.plan import Engine
 from gradlab.engine.surrogate import Surrogate, Theta, explained
 from gradlab.estimates import Estimates
 from gradlab.factorisation import factorise, reads_observation
-from gradlab.losses import losses_under, sample_losses
+from gradlab.losses import sample_losses
 from gradlab.parameters import ParameterLayout, owning_module
 
 
@@ -182,9 +182,12 @@ def decompose(
     theta = None
     if not reads_observation(generator):
         theta = policy_parameters(last, agents, graph=few > 0)
+    checking = {"plain": True} if few and theta is not None else {}
+    if first is whole:
+        settings |= checking
     sides = [_take_apart(generator, surrogate, whole, theta, layout, settings)]
     if few and first is not whole:
-        sides.append(_take_apart(last, surrogate, first, theta, layout, {}))
+        sides.append(_take_apart(last, surrogate, first, theta, layout, checking))
     if sides[0].pulled is None:
         # One backward pass for both: its cost is that of its many small operations.
         means = [side.moments.layout.unflatten(side.moments.mean) for side in sides]
@@ -195,7 +198,12 @@ def decompose(
             side.pulled = {name: part.some(of_side) for name, part in both.items()}
     residual = float("nan")
     if few:
-        residual = _residual(sides[-1].pulled or {}, last, theta, surrogate, first)
+        plain = (
+            _plain_gradient(last, surrogate, first)
+            if theta is None
+            else _through_generator(last, theta, sides[-1].moments)
+        )
+        residual = _residual(sides[-1].pulled or {}, plain)
     products = sides[0].products
     if copy is not None and not products:
         moments, pulled = sides[0].moments, sides[0].pulled or {}
@@ -254,30 +262,41 @@ def _first(part: Part, samples: int, generator: nn.Module) -> Part:
     return replace(part, batch=batch, context=context)
 
 
-def _residual(
-    pulled: Mapping[str, PerSample],
-    generator: nn.Module,
-    theta: Theta | None,
-    surrogate: Surrogate,
-    part: Part,
-) -> float:
-    """Compare the parts' sum with one ordinary backward pass, nothing taken apart."""
+def _plain_gradient(generator: nn.Module, surrogate: Surrogate, part: Part) -> dict[str, Tensor]:
+    """The gradient in the trained parameters by one ordinary backward pass."""
     psi = {name: p for name, p in generator.named_parameters() if p.requires_grad}
     part = part.filled()
     weights = 1 / part.counts().clamp(min=1).to(next(iter(psi.values())).dtype)
     with torch.enable_grad(), explained():
-        losses = (
-            sample_losses(generator, psi, surrogate, part)
-            if theta is None
-            else losses_under(theta, surrogate, part)
-        )
+        losses = sample_losses(generator, psi, surrogate, part)
         total = (losses.sum(1) * weights[:, 0]).sum()
         plain = torch.autograd.grad(total, list(psi.values()), materialize_grads=True)
+    return dict(zip(psi, plain, strict=True))
+
+
+def _through_generator(generator: nn.Module, theta: Theta, moments: Moments) -> dict[str, Tensor]:
+    """The same, where the pass as far as the policy parameters was made with the moments."""
+    assert moments.plain is not None
+    psi = {name: p for name, p in generator.named_parameters() if p.requires_grad}
+    mean = moments.layout.unflatten(moments.plain / moments.count.clamp(min=1)[:, None])
+    made = [tensor for tensor in theta.values() if tensor.requires_grad]
+    arrived = [
+        (mean[name] if len(tensor) > 1 else mean[name].sum(0, keepdim=True)).to(tensor.dtype)
+        for name, tensor in theta.items()
+        if tensor.requires_grad
+    ]
+    with explained():
+        plain = torch.autograd.grad(made, list(psi.values()), arrived, materialize_grads=True)
+    return dict(zip(psi, plain, strict=True))
+
+
+def _residual(pulled: Mapping[str, PerSample], plain: Mapping[str, Tensor]) -> float:
+    """How far the parts' sum is from the plain gradient, over the latter's length."""
     differences, sizes = [], []
-    for name, reference in zip(psi, plain, strict=True):
+    for name, reference in plain.items():
         sizes.append(torch.linalg.vector_norm(reference))
-        difference = reference.neg_().contiguous()
-        pulled[name].add_sums(difference[None, None])  # in place: psi may be large
+        difference = reference.neg().contiguous()
+        pulled[name].add_sums(difference[None, None])  # of large psi no sum is formed beside it
         differences.append(torch.linalg.vector_norm(difference))
     distance, scale = (float(torch.stack(norms).norm()) for norms in (differences, sizes))
     return distance / scale if scale > 0 else distance

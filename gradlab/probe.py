@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -210,8 +211,7 @@ class PreciseCopy:
             self._copy = copy.deepcopy(self._module).double()
         ours, theirs = ([*m.parameters(), *m.buffers()] for m in (self._copy, self._module))
         with torch.no_grad():
-            for to, tensor in zip(ours, theirs, strict=True):
-                to.copy_(tensor)
+            torch._foreach_copy_(ours, theirs)
         return self._copy
 
 
@@ -256,8 +256,14 @@ def sketch(rows: Float[Tensor, "agent feature"]) -> Float[Tensor, "agent bucket"
     Returns:
         The folded rows.
     """
-    features = rows.shape[1]
+    bucket, sign = _folds(rows.shape[1])
+    folded = rows.new_zeros(len(rows), SKETCH_SIZE)
+    return folded.index_add_(1, bucket.to(rows.device), rows * sign.to(rows))
+
+
+@cache
+def _folds(features: int) -> tuple[Int[Tensor, " feature"], Int[Tensor, " feature"]]:
+    """Each feature's bucket and sign."""
     random = torch.Generator().manual_seed(0)
-    bucket = torch.randint(SKETCH_SIZE, (features,), generator=random).to(rows.device)
-    sign = (2 * torch.randint(2, (features,), generator=random) - 1).to(rows)
-    return rows.new_zeros(len(rows), SKETCH_SIZE).index_add_(1, bucket, rows * sign)
+    bucket = torch.randint(SKETCH_SIZE, (features,), generator=random)
+    return bucket, 2 * torch.randint(2, (features,), generator=random) - 1

@@ -12,7 +12,7 @@ from gradlab.checks import UsageError, check
 from gradlab.engine.clusters import EXACT, ClusterSums, FactoredSums, FormedSums, RunningSum
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, checked_part
-from gradlab.engine.per_sample import Outer, PerSample
+from gradlab.engine.per_sample import Outer, PerSample, Taken
 from gradlab.engine.plan import Engine, Plan, forget, gradients, plan_for
 from gradlab.engine.structured import Unstructured
 from gradlab.engine.surrogate import Surrogate
@@ -37,6 +37,7 @@ def gradient_moments(
     context: Mapping[str, Tensor] | None = None,
     copy: Int[Tensor, " sample"] | None = None,
     coordinates: bool = False,
+    plain: bool = False,
     engine: Engine = "auto",
     budget: int = DEFAULT_BUDGET,
 ) -> Moments:
@@ -56,6 +57,8 @@ def gradient_moments(
         copy: The environment copy that each sample comes from; if given, gradients are also
             summed by copy.
         coordinates: Whether to sum squared coordinates too.
+        plain: Whether to sum up, too, what autograd makes of the losses' sum over each agent's
+            samples, with no sample told from another: the check of all the rest.
         engine: "auto": structured wherever a known layer reads a parameter; "general": per-sample
             gradients of everything by `vmap` of `grad`.
         budget: Bytes that what is kept for one part's gradients may take; a batch that needs more
@@ -70,6 +73,9 @@ def gradient_moments(
     """
     whole = checked_part(theta, batch, mask=mask, context=context)
     agents, samples = whole.sizes
+    if plain:
+        theta = {name: tensor.expand(agents, *tensor.shape[1:]) for name, tensor in theta.items()}
+        whole = whole.filled()
     check(engine in ("auto", "general"), "engine", "be 'auto' or 'general'", engine)
     check(budget > 0, "budget", "be a positive number of bytes", budget)
     if copy is not None:
@@ -80,11 +86,12 @@ def gradient_moments(
         check(whole_numbers and got[1] == (samples,), "copy", rule, got)
     for last in (False, True):
         plan = plan_for(surrogate, theta, whole, engine)
-        sums = _Sums(theta, agents, plan, copy, coordinates=coordinates)
+        sums = _Sums(theta, agents, plan, copy, coordinates=coordinates, plain=plain)
         room = max(1, min(EXACT, budget // max(1, plan.bytes_per_sample)))
         try:
             for part, clusters, numbers in _parts(whole, sums.index, room):
-                sums.add(gradients(surrogate, theta, part, plan), part, clusters, numbers)
+                taken = gradients(surrogate, theta, part, plan, plain=plain)
+                sums.add(taken, part, clusters, numbers)
         except Unstructured as changed:
             forget(surrogate)
             if last:
@@ -146,6 +153,7 @@ class _Sums:
         copy: Int[Tensor, " sample"] | None,
         *,
         coordinates: bool,
+        plain: bool,
     ) -> None:
         self.layout = ParameterLayout.of(theta, batch_dims=1)
         self.plan = plan
@@ -167,6 +175,7 @@ class _Sums:
             if coordinates
             else None
         )
+        self.plain: dict[str, Tensor] | None = {} if plain else None
         per_layer = (agents, len(self.layout.layers))
         self.squared_norm = self.like.new_zeros(per_layer, dtype=torch.float64)
         self.non_finite = self.like.new_zeros(per_layer, dtype=torch.int64)
@@ -175,7 +184,7 @@ class _Sums:
 
     def add(
         self,
-        gradients: Mapping[str, PerSample],
+        taken: Taken,
         part: Part,
         clusters: slice,
         numbers: Int[Tensor, " sample"],
@@ -183,7 +192,11 @@ class _Sums:
         """Add the gradients of the numbered samples, which belong to some of the clusters."""
         self.count[:, clusters] += part.counts(clusters.stop - clusters.start)
         by_layer: dict[str, Tensor] = {}
-        for name, gradient in gradients.items():
+        if self.plain is not None:
+            for name, tensor in taken.plain.items():
+                total = tensor.double()
+                self.plain[name] = self.plain[name] + total if name in self.plain else total
+        for name, gradient in taken.per_sample.items():
             if self.index is None:
                 self.sum[name].add(gradient, part.sizes[1])
             else:
@@ -227,6 +240,13 @@ class _Sums:
                     self.by_copy[name] = FormedSums(empty)
             self.by_copy = {name: self.by_copy[name] for name in self.layout.shapes}
             sums = {name: by_copy.total() for name, by_copy in self.by_copy.items()}
+        plain = self.plain
+        if plain is not None:
+            nothing = self.like.new_zeros((), dtype=torch.float64)
+            plain = {
+                name: plain[name] if name in plain else nothing.expand(self.agents, *shape)
+                for name, shape in self.layout.shapes.items()
+            }
         return Moments(
             layout=self.layout,
             engines=self.plan.engines,
@@ -236,6 +256,7 @@ class _Sums:
             non_finite=self.non_finite,
             first_non_finite=torch.where(self.first == _NONE, -1, self.first),
             square=None if self.square is None else self.layout.flatten(self.square),
+            plain=None if plain is None else self.layout.flatten(plain),
             copies=self.copies,
             copy_count=None if self.copies is None else self.count,
             copy_sums=None if self.copies is None else self.by_copy,

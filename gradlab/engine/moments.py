@@ -29,6 +29,8 @@ class Moments:
         first_non_finite: Number of the first such sample in its batch, -1 if there is none; after
             merging, in the first batch that has one.
         square: Sum of the squared coordinates, if asked for.
+        plain: The same as `sum` as autograd makes it, with no sample told from another, if asked
+            for.
         copies: Numbers of the environment copies that `copy_sums` tells apart, ascending.
         copy_count: Number of samples from each copy.
         copy_sums: Sums of the gradients of the samples from each copy, by parameter, in the
@@ -43,6 +45,7 @@ class Moments:
     non_finite: Int[Tensor, "agent layer"]
     first_non_finite: Int[Tensor, "agent layer"]
     square: Float[Tensor, "agent param"] | None = None
+    plain: Float[Tensor, "agent param"] | None = None
     copies: Int[Tensor, " copy"] | None = None
     copy_count: Int[Tensor, "agent copy"] | None = None
     copy_sums: dict[str, ClusterSums] | None = None
@@ -190,7 +193,7 @@ class Moments:
 
     def _added(self, other: "Moments") -> dict[str, Tensor]:
         """The plain sums of both; refuses what only one has."""
-        for name in ("square", "copies"):
+        for name in ("square", "plain", "copies"):
             check(
                 (getattr(self, name) is None) == (getattr(other, name) is None),
                 "other",
@@ -224,4 +227,4 @@ def _first_found(ours: Tensor, theirs: Tensor) -> Tensor:
     return torch.where(ours >= 0, ours, theirs)
 
 
-_SUMS = ("count", "sum", "squared_norm", "non_finite", "square")
+_SUMS = ("count", "sum", "squared_norm", "non_finite", "square", "plain")

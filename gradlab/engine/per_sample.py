@@ -10,6 +10,7 @@ gradients follow from the factors (Goodfellow, "Efficient per-example gradient c
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -138,6 +139,19 @@ class PerSample(ABC):
         """Inner products between all gradients; a row is agent * samples + sample."""
         rows = self.regrouped(1)
         return rows.inner(rows)[0]
+
+
+class Taken(NamedTuple):
+    """What one pass of an engine takes.
+
+    Attributes:
+        per_sample: Every sample's gradient, of every parameter that the loss reads.
+        plain: If asked for, the sums over each agent's samples as autograd makes them, with no
+            sample told from another: tensors [agent, ...], what `per_sample` must add up to.
+    """
+
+    per_sample: dict[str, PerSample]
+    plain: dict[str, Tensor]
 
 
 class SquaredLengths:
@@ -290,11 +304,12 @@ class Outer(PerSample):
             factor.unflatten(1, (out.shape[1], -1)).flatten(2, 3)
             for factor in (self.inputs, self.output_gradients)
         )
-        if out.shape[1] == 1 and out.is_contiguous():  # one product of all agents
+        if out.is_contiguous():  # one product of all agents
+            into, d, a = (t.flatten(0, 1) for t in (out, d, a))
             if fresh:
-                torch.bmm(d[:, 0].mT, a[:, 0], out=out[:, 0])
+                torch.bmm(d.mT, a, out=into)
             else:
-                out[:, 0].baddbmm_(d[:, 0].mT, a[:, 0])
+                into.baddbmm_(d.mT, a)
             return
         for agent, sums in enumerate(out):  # contiguous, so that one batched product fills it
             if fresh:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradlab.engine.general import general_gradients
 from gradlab.engine.part import Part
-from gradlab.engine.per_sample import PerSample
+from gradlab.engine.per_sample import PerSample, Taken
 from gradlab.engine.structured import Unstructured, structured_gradients
 from gradlab.engine.surrogate import Surrogate
 
@@ -78,8 +78,13 @@ def plan_for(
 
 
 def gradients(
-    surrogate: Surrogate, theta: Mapping[str, Tensor], part: Part, plan: Plan
-) -> dict[str, PerSample]:
+    surrogate: Surrogate,
+    theta: Mapping[str, Tensor],
+    part: Part,
+    plan: Plan,
+    *,
+    plain: bool = False,
+) -> Taken:
     """Per-sample gradients by the engines that a plan names.
 
     Args:
@@ -87,6 +92,7 @@ def gradients(
         theta: Parameters [agent, ...] or [1, ...] by name.
         part: The samples.
         plan: What `plan_for` returned.
+        plain: Whether to take the agents' sums as well; `theta` must then be [agent, ...].
 
     Returns:
         The gradients of every parameter that the surrogate reads, by name.
@@ -95,9 +101,9 @@ def gradients(
         Unstructured: If the surrogate has come to read its parameters otherwise.
     """
     if plan.everything_formed:
-        return general_gradients(surrogate, theta, part)
-    found = structured_gradients(surrogate, theta, part, plan.formed)
-    unplanned = {name for name in found if plan.engines[name] == "unused"}
+        return general_gradients(surrogate, theta, part, plain=plain)
+    found = structured_gradients(surrogate, theta, part, plan.formed, plain=plain)
+    unplanned = {name for name in found.per_sample if plan.engines[name] == "unused"}
     if unplanned:
         raise Unstructured(unplanned)
     return found
@@ -127,11 +133,11 @@ def planned_gradients(
     """
     plan = plan_for(surrogate, theta, part, engine, owner=owner, warn=warn)
     try:
-        return gradients(surrogate, theta, part, plan)
+        return gradients(surrogate, theta, part, plan).per_sample
     except Unstructured:
         forget(surrogate if owner is None else owner)
     plan = plan_for(surrogate, theta, part, engine, owner=owner, warn=warn)
-    return gradients(surrogate, theta, part, plan)
+    return gradients(surrogate, theta, part, plan).per_sample
 
 
 def forget(owner: object) -> None:
@@ -160,7 +166,7 @@ def _found_out(
     formed = frozenset(theta) if engine == "general" else frozenset[str]()
     while True:
         try:
-            found = structured_gradients(surrogate, theta, part, formed)
+            found = structured_gradients(surrogate, theta, part, formed).per_sample
             break
         except Unstructured as more:
             formed |= more.names

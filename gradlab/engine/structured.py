@@ -18,7 +18,7 @@ from torch.func import vmap
 
 from gradlab.checks import UsageError
 from gradlab.engine.part import Part, agent_axes, masked, without_agent_axis
-from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows, SquaredLengths
+from gradlab.engine.per_sample import Lookup, Outer, PerSample, Rows, SquaredLengths, Taken
 from gradlab.engine.recorder import Recorder, Use
 from gradlab.engine.surrogate import Surrogate, Theta, checked_loss, explained, unwritten
 
@@ -36,8 +36,13 @@ class Unstructured(Exception):
 
 
 def structured_gradients(
-    surrogate: Surrogate, theta: Mapping[str, Tensor], part: Part, formed: Set[str]
-) -> dict[str, PerSample]:
+    surrogate: Surrogate,
+    theta: Mapping[str, Tensor],
+    part: Part,
+    formed: Set[str],
+    *,
+    plain: bool = False,
+) -> Taken:
     """Gradients of all samples from one pass.
 
     Args:
@@ -45,6 +50,8 @@ def structured_gradients(
         theta: Parameters [agent, ...] or [1, ...] by name.
         part: The samples.
         formed: Names of the parameters whose per-sample gradients are to be formed.
+        plain: Whether to take the agents' sums as well: the same backward pass goes on to the
+            parameters themselves. `theta` must then be [agent, ...].
 
     Returns:
         The gradients of every parameter that the surrogate reads, by name.
@@ -94,11 +101,14 @@ def structured_gradients(
         _refuse_others(recorder)
         total = masked(losses, part.mask).sum()
         if not total.requires_grad:
-            return {}
+            return Taken({}, {})
         uses: list[Any] = [use.output for use in recorder.uses]
         wanted = {n: leaves[n] for n in (*formed, *twins)}
-        gradients = torch.autograd.grad(total, [*uses, *wanted.values()], allow_unused=True)
-    of_leaves = dict(zip(wanted, gradients[len(uses) :], strict=True))
+        of_twins = twins if plain else {}
+        gradients = torch.autograd.grad(
+            total, [*uses, *wanted.values(), *of_twins.values()], allow_unused=True
+        )
+    of_leaves = dict(zip(wanted, gradients[len(uses) :], strict=False))
     missed = {name for name in twins if of_leaves[name] is not None}
     if missed:
         raise Unstructured(missed)
@@ -119,9 +129,15 @@ def structured_gradients(
         for read, is_bias in ((use.weight, False), (use.bias, True)):
             if read is not None:
                 by_name[read].append((use, d, is_bias))
+    sums = dict(zip(of_twins, gradients[len(uses) + len(wanted) :], strict=True))
+    if plain:
+        sums |= {name: found[name].sum() for name in formed if name in found}
     shapes = {name: leaf.shape[0 if axes[name] is None else 1 :] for name, leaf in leaves.items()}
     found |= {name: _joined(uses, shapes[name]) for name, uses in by_name.items()}
-    return {name: found[name] for name in theta if name in found}
+    return Taken(
+        per_sample={name: found[name] for name in theta if name in found},
+        plain={name: tensor for name, tensor in sums.items() if tensor is not None},
+    )
 
 
 def _refuse_others(recorder: Recorder) -> None:

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from gradlab.checks import UsageError
 from gradlab.decomposition import decompose
+from gradlab.engine.per_sample import Outer
 from gradlab.metrics.interference import interference
 from gradlab.metrics.variance import variance
 from trainers.config import HypernetworkConfig, PPOConfig
@@ -67,6 +68,17 @@ def test_decompose_equals_loop_over_samples(method, space):
 @pytest.mark.parametrize("method", DECOUPLED)
 def test_residual_in_float32_is_small(method):
     assert decompose(*case(method, "discrete", torch.float32)).residual < 1e-5
+
+
+@pytest.mark.parametrize("fault", ["sum of factors", "pulling back"])
+def test_residual_shows_a_fault(fault, monkeypatch):
+    generator, surrogate, batch = case("hypermarl", "continuous")
+    if fault == "sum of factors":
+        monkeypatch.setattr(Outer, "sum", lambda self: 1.001 * self.rows().sum(1))
+    else:
+        right = generator.pull_back
+        monkeypatch.setattr(generator, "pull_back", lambda z, agents: right(z, agents.flip(0)))
+    assert decompose(generator, surrogate, batch).residual > 1e-4
 
 
 def test_decompose_leaves_no_trace():

@@ -68,6 +68,27 @@ def test_merged_in_any_order_equals_computed_at_once(surrogate, copy, cuts, shuf
     assert_same(parts[0], moments_of(c, copy=copy, mask=mask))
 
 
+@pytest.mark.parametrize("engine", ["auto", "general"])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+@pytest.mark.parametrize("surrogate", ["ppo-continuous", "ppo-recurrent", "dpg"])
+def test_plain_sums_equal_a_loop_even_in_parts(surrogate, mask, engine):
+    c = case("fups-id", surrogate)
+    z = theta_gradients(c.surrogate, c.theta, c.batch, c.context, mask)
+    expected = torch.cat([rows.sum(1).flatten(1) for rows in z.values()], dim=1)
+    for budget in (1, 2**20):
+        found = gradient_moments(
+            c.surrogate,
+            c.theta,
+            c.batch,
+            context=c.context,
+            mask=mask,
+            plain=True,
+            engine=engine,
+            budget=budget,
+        )
+        torch.testing.assert_close(found.plain, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_what_one_part_does_not_read_is_known_from_another():
     def loss(theta, sample):
         return sum((weight * sample["x"]).square().sum() for weight in theta.values())
@@ -259,7 +280,7 @@ def test_the_pass_stays_on_the_device_of_what_it_is_given(surrogate, engine):
     )
     part = Part(batch=batch, context=context, mask=MASK.to("meta"))
     plan = plan_for(c.surrogate, theta, part, engine)
-    found = gradients(c.surrogate, theta, part, plan)
+    found = gradients(c.surrogate, theta, part, plan).per_sample
     for name, gradient in found.items():
         total = gradient.sum()
         assert total.device.type == "meta"
