@@ -6,6 +6,8 @@ from typing import NamedTuple
 from gradlab.checks import check, unknown_name
 from trainers.envs.blind_spread import GROUPS, BlindSpread
 from trainers.envs.matrix_games import NAMES, MatrixGame
+from trainers.envs.own import SEPARATOR, make_own
+from trainers.envs.pettingzoo import make_pettingzoo, module_names
 from trainers.envs.smax import SmaxEnv, map_names
 from trainers.envs.vector_env import VectorEnv
 from trainers.envs.vmas import VmasEnv, scenario_files
@@ -29,6 +31,7 @@ FAMILIES = {
     "smax": Family(map_names, SmaxEnv),
     "vmas": Family(scenario_files, VmasEnv),
     "bps": Family(lambda: GROUPS, BlindSpread),
+    "pettingzoo": Family(module_names, make_pettingzoo),
 }
 """By what their names begin with, before the slash."""
 
@@ -57,7 +60,7 @@ def make_env(
     """Make an environment by its registered name.
 
     Args:
-        name: E.g. "specialisation" or "vmas/navigation".
+        name: E.g. "specialisation", "vmas/navigation", or one's own "my_module:make_env".
         copies: Number of copies stepped at once.
         agents: Number of agents; None for the environment's own default.
         seed: Seed of all its randomness.
@@ -80,4 +83,6 @@ def make_env(
     if slash and family in FAMILIES:
         make = FAMILIES[family].make
         return make(own, copies=copies, agents=agents, seed=seed, args=args, info=info)
+    if SEPARATOR in name:
+        return make_own(name, copies=copies, agents=agents, seed=seed, args=args, info=info)
     raise unknown_name("environment", name, environment_names())

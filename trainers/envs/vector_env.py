@@ -198,6 +198,13 @@ class RenderingFailed(Failed):
     """What is missing on this machine to draw an environment that can be drawn."""
 
 
+class EnvironmentFailed(Failed):
+    """What ended a simulation that was going on, e.g. the death of a process that does it.
+
+    The environment can be started anew (`VectorEnv.reset`), or from a copied state (`load_state`).
+    """
+
+
 class VectorEnv(ABC):
     """Independent copies of one environment, stepped together; finished copies reset themselves.
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from gradlab.checks import UsageError, check, unknown_name
 from trainers.envs.object_state import capture, restore
+from trainers.envs.padding import common_space, if_they_differ
 from trainers.envs.starts import MADE_AT_ONCE, Starts
 from trainers.envs.vector_env import (
     Box,
@@ -120,14 +121,14 @@ class VmasEnv(VectorEnv):
         self.copies = copies
         self._info = info
         observation_sizes = [space.shape[0] for space in self._env.observation_space.spaces]
-        action_space, action_sizes = self._action_spaces()
+        action_space, action_sizes = common_space(self._action_spaces())
         self.spec = EnvSpec(
             name=f"vmas/{scenario}",
             agent_names=names,
             observation_size=max(observation_sizes),
             action_space=action_space,
-            observation_sizes=_if_they_differ(observation_sizes),
-            action_sizes=_if_they_differ(action_sizes),
+            observation_sizes=if_they_differ(observation_sizes),
+            action_sizes=if_they_differ(action_sizes),
         )
 
     @torch.no_grad()
@@ -261,23 +262,14 @@ class VmasEnv(VectorEnv):
             observations = [functional.pad(x, (0, longest - x.shape[1])) for x in observations]
         return torch.stack(observations).float()
 
-    def _action_spaces(self) -> tuple[Discrete | Box, list[int]]:
-        """A space in which all agents' own have room, and the sizes of these."""
+    def _action_spaces(self) -> list[Discrete] | list[Box]:
         spaces = self._env.action_space.spaces
         if not self._env.continuous_actions:
-            counts = [int(space.n) for space in spaces]
-            return Discrete(n=max(counts)), counts
-        sizes = [space.shape[0] for space in spaces]
-        low, high = (
-            torch.stack([
-                functional.pad(torch.tensor(bound).float(), (0, max(sizes) - len(bound)), value=end)
-                for bound in bounds
-            ])
-            for bounds, end in (([s.low for s in spaces], -1.0), ([s.high for s in spaces], 1.0))
-        )
-        if low.eq(low[0]).all() and high.eq(high[0]).all():
-            low, high = low[0], high[0]
-        return Box(low=low, high=high), sizes
+            return [Discrete(n=int(space.n)) for space in spaces]
+        return [
+            Box(low=torch.tensor(space.low).float(), high=torch.tensor(space.high).float())
+            for space in spaces
+        ]
 
 
 def _make(
@@ -322,7 +314,3 @@ def _by_measure(infos: list[dict[str, Tensor]], copies: int) -> dict[str, Tensor
         name: torch.stack([info.get(name, nothing).reshape(copies).float() for info in infos])
         for name in names
     }
-
-
-def _if_they_differ(sizes: list[int]) -> tuple[int, ...] | None:
-    return tuple(sizes) if len(set(sizes)) > 1 else None

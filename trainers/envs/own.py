@@ -1,0 +1,108 @@
+"""Environments of the user's own, by `module:function`."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gradlab.checks import UsageError, check, unknown_name
+from trainers.envs.parallel_copies import ParallelCopies, in_one_line
+from trainers.envs.vector_env import VectorEnv
+
+SEPARATOR = ":"
+
+
+def make_own(
+    name: str,
+    *,
+    copies: int,
+    agents: int | None,
+    seed: int,
+    args: Mapping[str, Any],
+    info: bool = False,
+) -> VectorEnv:
+    """Make what a function of the user's makes.
+
+    The function is given `args`, and what it has parameters for of `agents`, `copies`, `seed` and
+    `info`. One with a parameter `copies` returns a `VectorEnv` of so many; any other is called once
+    for each copy and returns an environment with PettingZoo's parallel interface.
+
+    Args:
+        name: E.g. "my_package.my_module:make_env"; modules in the current directory are found.
+        copies: Number of copies.
+        agents: Number of agents; None for the environment's own default.
+        seed: Seed of all its randomness.
+        args: Keyword arguments to the function.
+        info: Whether steps bring what the environment measures itself.
+
+    Returns:
+        The environment.
+
+    Raises:
+        UsageError: If there is no such function, it raises an error, or returns something else.
+    """
+    make = _found(name)
+    with in_one_line(f"{name}: reading its signature", UsageError):
+        parameters = inspect.signature(make).parameters
+    offered = {"copies": copies, "agents": agents, "seed": seed, "info": info}
+    given = {
+        key: value
+        for key, value in offered.items()
+        if key in parameters and not (key == "agents" and value is None)
+    } | dict(args)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in args:
+        if not takes_all and key not in parameters:
+            raise unknown_name(f"argument of {name}", key, parameters)
+    if "copies" not in parameters:
+        return ParallelCopies(
+            name, lambda: make(**given), copies=copies, agents=agents, seed=seed, info=info
+        )
+    with in_one_line(f"{name}: making it", UsageError):
+        env = make(**given)
+    if not isinstance(env, VectorEnv):
+        raise UsageError(
+            f"{name} must return a trainers.envs.vector_env.VectorEnv, as it has a parameter "
+            f"`copies`. Got a {type(env).__name__}."
+        )
+    check(env.copies == copies, "copies", f"be {copies} in what {name} returns", env.copies)
+    check(agents in {None, env.spec.agents}, "agents", f"be {env.spec.agents} in {name}", agents)
+    return env
+
+
+def _found(name: str) -> Callable[..., Any]:
+    """The function that a name leads to."""
+    module, _, attribute = name.partition(SEPARATOR)
+    parts = [*module.split("."), attribute]
+    if not all(part.isidentifier() for part in parts):
+        raise UsageError(
+            f"an environment of your own must be named module{SEPARATOR}function, e.g. "
+            f"my_package.my_module{SEPARATOR}make_env. Got {name!r}."
+        )
+    here = os.getcwd()
+    if here not in sys.path:  # a console script's does not have it, `python -m` has
+        sys.path.insert(0, here)
+    try:
+        with in_one_line(f"{name}: importing {module}", UsageError):
+            found = importlib.import_module(module)
+    except UsageError as error:
+        missing = error.__cause__
+        if isinstance(missing, ModuleNotFoundError) and f"{module}.".startswith(f"{missing.name}."):
+            raise UsageError(
+                f"{name}: there is no module {missing.name} in {here} or among what is installed. "
+                "Start gradlab in the folder that it is in, or install it."
+            ) from None
+        raise
+    make: object = getattr(found, attribute, None)
+    if not callable(make):
+        known = [
+            key
+            for key, value in vars(found).items()
+            if callable(value)
+            and not key.startswith("_")
+            and getattr(value, "__module__", None) == module
+        ]
+        raise unknown_name(f"function of {module}", attribute, known)
+    return make
