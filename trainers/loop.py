@@ -23,7 +23,12 @@ from trainers.config import EvaluationConfig, TrainConfig, differing_settings
 from trainers.critic_input import CRITIC_INPUTS
 from trainers.diagnosis import Diagnosis
 from trainers.envs import make_env
-from trainers.envs.vector_env import EnvSpec, VectorEnv, check_equal_spaces
+from trainers.envs.vector_env import (
+    EnvironmentFailed,
+    EnvSpec,
+    VectorEnv,
+    check_equal_spaces,
+)
 from trainers.episodes import Episodes, Watch, play_episodes
 from trainers.finite import NotFinite
 from trainers.generators import make_generator
@@ -155,35 +160,37 @@ class Trainer:
 
         Raises:
             TrainingFailed: If an observation, value, action, reward, loss or gradient is not
-                finite. The state before that update is checkpointed.
+                finite, or the environment fails. The state before that update is checkpointed.
         """
         look = partial(self._diagnose, writer, tell)
-        for update in range(self.updates_done, self.config.updates):
-            began = time.perf_counter()
-            try:
+        update = self.updates_done
+        try:
+            for update in range(self.updates_done, self.config.updates):
+                began = time.perf_counter()
                 rollout, quantities = self._next_update(look)
                 seconds = time.perf_counter() - began
                 if self._evaluation_is_due():
                     quantities |= self.evaluate().quantities()
-            except NotFinite as error:
-                saved = self._save_last_good(writer.path, update)
-                raise TrainingFailed(f"update {update}: {error}. {saved}") from None
-            scalars: dict[str, tuple[float, str]] = {
-                "frames": (self.frames_done, "frames"),
-                "episode_return": (_mean(rollout.episode_returns), "reward"),
-                "episode_length": (_mean(rollout.episode_lengths), "steps"),
-                "reward_per_step": (rollout.reward_per_step, "reward"),
-                "seconds": (seconds, "s"),
-            }
-            quantities |= {
-                name: Quantity.scalar(float(value), unit) for name, (value, unit) in scalars.items()
-            }
-            writer.write(update, quantities)
-            progress(self.frames_done, self.last_return)
-            self._saver.save(writer.path, self.state)
-            if stop():
-                break
-        self._saver.save(writer.path, self.state, at_once=True)
+                scalars: dict[str, tuple[float, str]] = {
+                    "frames": (self.frames_done, "frames"),
+                    "episode_return": (_mean(rollout.episode_returns), "reward"),
+                    "episode_length": (_mean(rollout.episode_lengths), "steps"),
+                    "reward_per_step": (rollout.reward_per_step, "reward"),
+                    "seconds": (seconds, "s"),
+                }
+                quantities |= {
+                    name: Quantity.scalar(float(value), unit)
+                    for name, (value, unit) in scalars.items()
+                }
+                writer.write(update, quantities)
+                progress(self.frames_done, self.last_return)
+                self._saver.save(writer.path, self.state)
+                if stop():
+                    break
+            self._saver.save(writer.path, self.state, at_once=True)
+        except (NotFinite, EnvironmentFailed) as error:
+            saved = self._save_last_good(writer.path, update)
+            raise TrainingFailed(f"update {update}: {error}. {saved}") from None
         return self.updates_done >= self.config.updates
 
     def evaluate(
@@ -204,6 +211,7 @@ class Trainer:
 
         Raises:
             NotFinite: If an observation or a reward is not finite.
+            EnvironmentFailed: If the environment fails.
         """
         asked = asked or self.config.evaluation
         seed = self.config.seed if asked.seed is None else asked.seed
@@ -372,7 +380,11 @@ class Trainer:
             while self.updates_done < wanted:
                 self._next_update()
             self._saver.save(run, self.state, at_once=True)
-        except (NotFinite, UsageError):  # not even the updates that went well can be repeated
+        except (
+            NotFinite,
+            EnvironmentFailed,
+            UsageError,
+        ):  # not even the updates that went well can be repeated
             self.updates_done = checkpoint.update + 1
         return (
             f"Saved is the state after update {self.updates_done - 1}; to go on from there: "

@@ -37,8 +37,8 @@ def train_run(
 
     Raises:
         UsageError: If the folder or a setting can't be used.
-        TrainingFailed: If an observation, reward, loss or gradient is not finite. The last good
-            state is saved.
+        TrainingFailed: If an observation, reward, loss or gradient is not finite, or the
+            environment fails. The last good state is saved.
     """
     if resume and is_run(out):
         check_same_settings(config, out, but=("frames",))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from gradlab.checks import check, unknown_name
 from trainers.envs.blind_spread import GROUPS, BlindSpread
+from trainers.envs.mamujoco import MujocoEnv, mamujoco_names
 from trainers.envs.matrix_games import NAMES, MatrixGame
 from trainers.envs.own import SEPARATOR, make_own
 from trainers.envs.pettingzoo import make_pettingzoo, module_names
@@ -32,6 +33,7 @@ FAMILIES = {
     "vmas": Family(scenario_files, VmasEnv),
     "bps": Family(lambda: GROUPS, BlindSpread),
     "pettingzoo": Family(module_names, make_pettingzoo),
+    "mamujoco": Family(mamujoco_names, MujocoEnv),
 }
 """By what their names begin with, before the slash."""
 
