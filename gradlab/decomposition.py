@@ -91,7 +91,7 @@ class Decomposition:
         return self.psi_layout.flatten({n: p.sum()[0] for n, p in self.contributions.items()})
 
     @cached_property
-    def estimates(self) -> Estimates | None:
+    def estimates(self) -> Estimates[str] | None:
         """What the products say of the true gradients; None if clusters are not told apart."""
         return Estimates(self.products) if self.products else None
 

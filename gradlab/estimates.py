@@ -18,9 +18,10 @@ time (Efron and Stein, 1981). For a U-statistic of n clusters that jackknife est
 noise prevails. Products of neighbouring clusters estimate :math:`\zeta_2`, which mends that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,11 +99,15 @@ class _Covariances:
         return found
 
 
-class Estimates:
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Estimates(Generic[Key]):
     """Everything that cluster products say about the agents' true gradients.
 
     The leading axis of every array, `row` below, runs over spaces, and in each over its layers with
-    the whole network first: the same few operations serve them all.
+    the whole network first: the same few operations serve them all. A space has any key, also one
+    that tells of which network it is.
 
     Attributes:
         rows: Which rows of an array are a space's.
@@ -110,13 +115,13 @@ class Estimates:
     """
 
     @np.errstate(invalid="ignore")  # gradients that are not finite
-    def __init__(self, of_spaces: Mapping[str, ClusterProducts]) -> None:
+    def __init__(self, of_spaces: Mapping[Key, ClusterProducts]) -> None:
         """Estimate nothing yet.
 
         Args:
             of_spaces: Products by space, all from the same samples.
         """
-        self.rows: dict[str, slice] = {}
+        self.rows: dict[Key, slice] = {}
         start = 0
         for space, products in of_spaces.items():
             self.rows[space] = slice(start, start + 1 + len(products.layers))

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gradlab.decomposition import decompose
+from gradlab.decomposition import Decomposition, decompose
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import in_precision
 from gradlab.engine.surrogate import Surrogate
 from gradlab.metrics.interference import measure_interference
+from gradlab.metrics.spaces import SideBySide
 from gradlab.metrics.variance import measure_variance
-from gradlab.quantity import Quantity, join
+from gradlab.quantity import Quantity
 
 Level = Literal["off", "light", "full"]
 LEVELS: tuple[Level, ...] = ("off", "light", "full")
@@ -94,19 +96,19 @@ class Probe:
         self.findings = []
         if self.level == "off":
             return {}
-        found: dict[str, dict[str, Quantity]] = {}
+        taken: dict[str, Decomposition] = {}
         embeddings: dict[str, Quantity] = {}
         for name, network in self.networks.items():
             precise = self.precise(name)
             if self.level == "light":
-                parts = decompose(
+                d = decompose(
                     precise,
                     network.surrogate,
                     in_precision(batches[name], torch.float64),
                     mask=mask,
                 )
             else:
-                parts = decompose(
+                d = decompose(
                     network.generator,
                     network.surrogate,
                     batches[name],
@@ -115,40 +117,52 @@ class Probe:
                     check=CHECKED_SAMPLES,
                     precise=precise,
                 )
-            found[name] = {
-                quantity: value
-                for quantity, value in measure_interference(parts).items()
-                if quantity not in _NOT_RECORDED
-            }
-            if self.level == "full":
-                found[name] |= measure_variance(parts)
-            found[name]["factorisation_gap"] = Quantity.scalar(
-                parts.factorisation_gap, "1", "|E[J^T z] - E[J]^T E[z]| / |E[J^T z]|"
-            )
-            found[name]["residual"] = Quantity.scalar(
-                parts.residual, "1", "|sum_i J_i^T Z_i - autograd| / |autograd|, in float64"
-            )
-            found[name]["non_finite"] = Quantity(
-                values=parts.moments.non_finite.mT.cpu().numpy(),
-                dims=("layer", "agent"),
-                coords={"layer": list(parts.theta_layout.layers), "agent": range(parts.agents)},
-                unit="samples",
-                estimator="samples whose gradient is not finite",
-            )
-            found[name]["samples"] = Quantity(
-                values=parts.moments.count.cpu().numpy(),
-                dims=("agent",),
-                coords={"agent": range(parts.agents)},
-                unit="samples",
-                estimator="diagnosed samples of each agent",
-            )
-            self.engines[name] = parts.moments.engines
-            sentences = without_samples(parts.moments) + non_finite(parts.moments, batches[name])
+            taken[name] = d
+            self.engines[name] = d.moments.engines
+            sentences = without_samples(d.moments) + non_finite(d.moments, batches[name])
             self.findings += [f"{name}, {sentence}" for sentence in sentences]
             embedding = embedding_of(network.generator)
             if embedding is not None:
                 embeddings[f"embedding_{name}"] = embedding
-        return join(found, axis="network", union="layer") | embeddings
+        parts = SideBySide(taken)
+        found = measure_interference(parts)
+        for name in _NOT_RECORDED:
+            found.pop(name, None)
+        if self.level == "full":
+            found |= measure_variance(parts)
+        return found | _checks(parts) | embeddings
+
+
+def _checks(parts: SideBySide) -> dict[str, Quantity]:
+    """What says how far all else is to be trusted."""
+    of_networks = parts.of_networks.values()
+    non_finite = np.full((len(parts.of_networks), len(parts.layers), parts.agents), np.nan)
+    for values, d in zip(non_finite, of_networks, strict=True):
+        _, *columns = parts.columns(d.theta_layout.layers)
+        values[columns] = d.moments.non_finite.mT.cpu().numpy()
+    counts = np.stack([d.moments.count.cpu().numpy() for d in of_networks]).astype(np.float64)
+    return {
+        "factorisation_gap": parts.quantity(
+            np.asarray([d.factorisation_gap for d in of_networks]),
+            "1",
+            "|E[J^T z] - E[J]^T E[z]| / |E[J^T z]|",
+        ),
+        "residual": parts.quantity(
+            np.asarray([d.residual for d in of_networks]),
+            "1",
+            "|sum_i J_i^T Z_i - autograd| / |autograd|, in float64",
+        ),
+        "non_finite": parts.quantity(
+            non_finite, "samples", "samples whose gradient is not finite", spaces=False
+        ),
+        "samples": Quantity(
+            values=counts,
+            dims=("network", "agent"),
+            coords={"network": list(parts.of_networks), "agent": range(parts.agents)},
+            unit="samples",
+            estimator="diagnosed samples of each agent",
+        ),
+    }
 
 
 def without_samples(moments: Moments) -> list[str]:

@@ -7,7 +7,6 @@ how much of it the sharing scheme lets through to the trained parameters.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -15,13 +14,12 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from gradlab.checks import UsageError
-from gradlab.cluster_products import ClusterProducts
 from gradlab.decomposition import Decomposition
 from gradlab.engine.per_sample import PerSample, Rows
 from gradlab.estimates import ALIGNED, CONFLICT, FEWEST
-from gradlab.metrics.spaces import SPACES, SpaceLabels, ratio, with_whole
+from gradlab.metrics.spaces import SPACES, SideBySide, alone, ratio, with_whole
 from gradlab.metrics.summary import interference_attributes
-from gradlab.parameters import WHOLE
+from gradlab.parameters import ParameterLayout
 from gradlab.quantity import Quantity, dataset
 
 
@@ -70,35 +68,38 @@ def interference(
     Raises:
         UsageError: If `by_cluster` is asked for where clusters are not told apart.
     """
-    found = measure_interference(decomposition, signs=signs, by_cluster=by_cluster)
+    parts = SideBySide({"": decomposition})
+    found = alone(measure_interference(parts, signs=signs, by_cluster=by_cluster))
     return dataset(found).assign_attrs(interference_attributes(decomposition, found))
 
 
 def measure_interference(
-    decomposition: Decomposition, *, signs: bool = False, by_cluster: bool = False
+    parts: SideBySide, *, signs: bool = False, by_cluster: bool = False
 ) -> dict[str, Quantity]:
-    """What `interference` labels.
+    """What `interference` labels, of several networks at once.
 
     Args:
-        decomposition: What `decompose` returned.
+        parts: What `decompose` returned for each.
         signs: As for `interference`.
         by_cluster: As for `interference`.
 
     Returns:
-        The quantities by name.
+        The quantities by name, with a leading axis `network`.
 
     Raises:
         UsageError: As for `interference`.
     """
-    d = decomposition
-    label = SpaceLabels.of(d)
-    of_layers = {"psi": d.gram_psi(), "theta": d.gram_theta()}
-    grams = label.placed({
-        space: {layer: products.cpu().numpy() for layer, products in gram.items()}
-        | {WHOLE: torch.stack(list(gram.values())).sum(0).cpu().numpy()}
-        for space, gram in of_layers.items()
-    })
-    present = d.moments.count.cpu().numpy() > 0
+    present = parts.count > 0
+    grams = parts.placed(
+        torch
+        .cat([
+            with_whole(torch.stack(list(gram.values())))
+            for d in parts.of_networks.values()
+            for gram in (d.gram_psi(), d.gram_theta())
+        ])
+        .cpu()
+        .numpy()
+    )
     grams = np.where(np.logical_and.outer(present, present), grams, np.nan)
     norms = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))
     cosines = cosine_from_gram(grams)
@@ -106,7 +107,7 @@ def measure_interference(
     squares = np.square(norms[..., present]).sum(-1)
     whole = np.sqrt(total_product(grams, present))
     plug_in = "plug-in, one batch"
-    quantity = label.quantity
+    quantity = parts.quantity
     found = {
         "inner_product": quantity(grams, "loss^2", plug_in),
         "cosine": quantity(cosines, "1", plug_in),
@@ -120,30 +121,34 @@ def measure_interference(
         "cancelled_norm": quantity(1 - ratio(whole, norms[..., present].sum(-1)), "1", plug_in),
     }
     if signs:
-        agreement = {
-            "psi": sign_agreement(d.contributions, d.psi_layout.layer_of),
-            "theta": sign_agreement(
-                {n: Rows(z[None]) for n, z in d.theta_layout.unflatten(d.z).items()},
-                d.theta_layout.layer_of,
-            ),
-        }
+        agreement = np.concatenate([
+            sign_agreement(gradients, layout)
+            for d in parts.of_networks.values()
+            for gradients, layout in (
+                (d.contributions, d.psi_layout),
+                (
+                    {n: Rows(z[None]) for n, z in d.theta_layout.unflatten(d.z).items()},
+                    d.theta_layout,
+                ),
+            )
+        ])
         found["sign_agreement"] = quantity(
-            label.placed(agreement), "1", "share of coordinates where neither is 0"
+            parts.placed(agreement), "1", "share of coordinates where neither is 0"
         )
     if by_cluster:
-        found["cosine_cluster"] = _by_cluster(label, d.products)
-    return found | _debiased(label, d)
+        found["cosine_cluster"] = _by_cluster(parts)
+    return found | _debiased(parts, present)
 
 
-def _debiased(label: SpaceLabels, d: Decomposition) -> dict[str, Quantity]:
+def _debiased(parts: SideBySide, present: NDArray[np.bool_]) -> dict[str, Quantity]:
     """What there is to say where environment copies are told apart."""
-    shape = (len(SPACES), len(label.layers))
+    quantity, placed = parts.quantity, parts.placed
     how = "share of agent pairs with that verdict"
-    e = d.estimates
+    e = parts.estimates
     if e is None:
-        nothing = label.quantity(np.full(shape, np.nan), "1", "needs environment copies")
+        shape = (len(parts.of_networks), len(SPACES), len(parts.layers))
+        nothing = quantity(np.full(shape, np.nan), "1", "needs environment copies")
         return {"conflict_rate": nothing, "aligned_rate": nothing}
-    present = d.products["theta"].count.sum(1) > 0
     clusters = min(e.clusters[np.ix_(present, present)].flatten().tolist(), default=0)
     leave_out = f"U-statistic without products within a cluster, {clusters} clusters"
     interval = (
@@ -151,11 +156,9 @@ def _debiased(label: SpaceLabels, d: Decomposition) -> dict[str, Quantity]:
         if clusters >= FEWEST
         else f"no interval from {clusters} clusters, {FEWEST} are needed"
     )
-    placed = partial(label.of_estimates, e.rows)
     whole = total_product(e.inner_product, present)
     diversity = ratio(e.signal[..., present].sum(-1), whole)
     verdicts = placed(e.verdict)
-    quantity = label.quantity
     return {
         "inner_product_debiased": quantity(placed(e.inner_product), "loss^2", leave_out),
         "inner_product_error": quantity(
@@ -173,29 +176,23 @@ def _debiased(label: SpaceLabels, d: Decomposition) -> dict[str, Quantity]:
     }
 
 
-def _by_cluster(label: SpaceLabels, products: Mapping[str, ClusterProducts]) -> Quantity:
+def _by_cluster(parts: SideBySide) -> Quantity:
     """Plug-in cosines within each cluster."""
-    if not products:
+    if not parts.first.products:
         raise UsageError(
             "`by_cluster` needs clusters. Give decompose the argument `copy`, the environment "
             "copy or minibatch that each sample comes from."
         )
-    cosines = label.placed({
-        space: with_whole(
-            products[space].layers,
-            cosine_from_gram(
-                np.concatenate([products[space].within.sum(0)[None], products[space].within])
-            ),
-        )
-        for space in SPACES
-    })
-    plain = label.quantity(cosines[:, :, 0], "1", "plug-in, within a cluster")
-    space, layer, *pair = plain.dims
+    within = [d.products[s].within for d in parts.of_networks.values() for s in SPACES]
+    grams = np.concatenate([p for own in within for p in (own.sum(0)[None], own)])
+    cosines = parts.placed(cosine_from_gram(grams))
+    plain = parts.quantity(cosines[:, :, :, 0], "1", "plug-in, within a cluster")
+    *row, agent, agent_other = plain.dims
     return replace(
         plain,
         values=cosines,
-        dims=(space, layer, "cluster", *pair),
-        coords={**plain.coords, "cluster": range(cosines.shape[2])},
+        dims=(*row, "cluster", agent, agent_other),
+        coords={**plain.coords, "cluster": range(cosines.shape[3])},
     )
 
 
@@ -230,27 +227,34 @@ def share_of_pairs(verdicts: NDArray[np.float64], verdict: float) -> NDArray[np.
 
 
 def sign_agreement(
-    gradients: Mapping[str, PerSample], layer_of: Mapping[str, str]
-) -> dict[str, NDArray[np.float64]]:
+    gradients: Mapping[str, PerSample], layout: ParameterLayout
+) -> NDArray[np.float64]:
     """On how many coordinates pairs of gradients agree in sign.
 
     Args:
         gradients: Gradients of all agents as samples of a single "agent", by parameter.
-        layer_of: Each parameter's layer.
+        layout: The parameters.
 
     Returns:
-        By layer, and whole, the share among coordinates where neither is 0, [agent, agent]; NaN
-        where there is none.
+        Whole, and by layer, the share among coordinates where neither is 0, [1 + layer, agent,
+        agent]; NaN where there is none.
     """
-    signed: dict[str, NDArray[np.float64]] = {}
-    known: dict[str, NDArray[np.float64]] = {}
+    signed, known = {}, {}
     for name, gradient in gradients.items():
         signs = gradient.mapped(torch.sign)
-        for sums, form in ((signed, signs), (known, signs.mapped(torch.abs))):
-            products = form.gram().double().cpu().numpy()
-            for layer in (WHOLE, layer_of[name]):
-                sums[layer] = sums.get(layer, 0.0) + products
-    return {layer: ratio(known[layer] + signed[layer], 2 * known[layer]) for layer in signed}
+        signed[name], known[name] = signs.gram().double(), signs.mapped(torch.abs).gram().double()
+    agreeing, all_known = (
+        with_whole(
+            torch.stack([
+                torch.stack([of[n] for n in of if layout.layer_of[n] == layer]).sum(0)
+                for layer in layout.layers
+            ])
+        )
+        .cpu()
+        .numpy()
+        for of in (signed, known)
+    )
+    return ratio(all_known + agreeing, 2 * all_known)
 
 
 def cosine_from_gram(gram: NDArray[np.float64]) -> NDArray[np.float64]:

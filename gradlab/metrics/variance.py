@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradlab.checks import check
 from gradlab.decomposition import Decomposition
 from gradlab.engine.moments import Moments
-from gradlab.metrics.spaces import SpaceLabels, ratio
+from gradlab.metrics.spaces import SPACES, SideBySide, alone, ratio, with_whole
 from gradlab.metrics.summary import variance_attributes
 from gradlab.quantity import Quantity, dataset
 
@@ -78,143 +78,161 @@ def variance(
     Raises:
         UsageError: If a number of minibatches is below 1, or the cosine 0 or not from -1 to 1.
     """
-    found = measure_variance(decomposition, minibatches=minibatches, cosine=cosine)
+    parts = SideBySide({"": decomposition})
+    found = alone(measure_variance(parts, minibatches=minibatches, cosine=cosine))
     return dataset(found).assign_attrs(variance_attributes(decomposition, found))
 
 
 def measure_variance(
-    decomposition: Decomposition,
+    parts: SideBySide,
     *,
     minibatches: Sequence[int] = MINIBATCHES,
     cosine: float = RESOLVED,
 ) -> dict[str, Quantity]:
-    """What `variance` labels.
+    """What `variance` labels, of several networks at once.
 
     Args:
-        decomposition: What `decompose` returned.
+        parts: What `decompose` returned for each.
         minibatches: As for `variance`.
         cosine: As for `variance`.
 
     Returns:
-        The quantities by name.
+        The quantities by name, with a leading axis `network`.
 
     Raises:
         UsageError: As for `variance`.
     """
     check(min(minibatches, default=1) >= 1, "minibatches", "be at least 1 each", minibatches)
     check(0 < abs(cosine) <= 1, "cosine", "be from -1 to 1 and not 0", cosine)
-    d = decomposition
-    present = d.moments.count > 0
-    means = list(dict(d.theta_layout.split_by_layer(d.z)).values())
-    squared_mean = torch.stack([mean.square().sum(1) for mean in means], 1)
-    # Rounding can leave a vanishing variance a hair below 0.
-    within = (d.moments.mean_squared_norm - squared_mean).clamp(min=0)
-    within = torch.where(present[:, None], within, torch.nan)
-    between = torch.stack([
-        (mean - mean.mean(0)).square().sum(1).mean() for mean in (m[present] for m in means)
-    ])
-    label = SpaceLabels.of(d)
+    networks = parts.of_networks.values()
+    within, between = (list(each) for each in zip(*map(_of_samples, networks), strict=True))
+    how = "trace of the covariance of single samples, theta"
 
-    def quantity(by_layer: torch.Tensor) -> Quantity:
-        values = torch.cat([by_layer.sum(0, keepdim=True), by_layer]).cpu().numpy()
-        how = "trace of the covariance of single samples, theta"
-        return label.quantity(label.of_layers("theta", values), "loss^2", how, spaces=False)
+    def of_theta(by_layer: list[torch.Tensor]) -> Quantity:
+        return parts.quantity(parts.of_theta(by_layer), "loss^2", how, spaces=False)
 
+    present = parts.first.moments.count > 0
     found = {
-        "variance_agent": quantity(within.mT),
-        "variance_within": quantity(within[present].mean(0)),
-        "variance_between": quantity(between),
+        "variance_agent": of_theta(within),
+        "variance_within": of_theta([w[:, present].mean(1) for w in within]),
+        "variance_between": of_theta(between),
     }
-    found["variance_minibatch"] = _of_minibatches(found["variance_agent"], d.moments, minibatches)
-    found["coordinate_variance"] = Quantity.scalar(
-        _over_coordinates(d), "loss^2", "variance over the coordinates of the whole gradient, psi"
+    found["variance_minibatch"] = _of_minibatches(found["variance_agent"], parts.count, minibatches)
+    found["coordinate_variance"] = parts.quantity(
+        np.asarray([_over_coordinates(d) for d in networks]),
+        "loss^2",
+        "variance over the coordinates of the whole gradient, psi",
     )
-    if d.moments.square is not None:
-        found["gsnr"] = label.quantity(
-            label.of_layers("theta", _gsnr(d.moments)),
+    if parts.first.moments.square is not None:
+        found["gsnr"] = parts.quantity(
+            parts.of_theta([_gsnr(d.moments) for d in networks]),
             "1",
             "mean over coordinates, noise of the mean taken off",
             spaces=False,
         )
-    return found | _of_means(d, found["variance_agent"].values, cosine)
+    return found | _of_means(parts, found["variance_agent"].values, cosine)
 
 
-def _of_minibatches(single: Quantity, moments: Moments, minibatches: Sequence[int]) -> Quantity:
+def _of_samples(d: Decomposition) -> tuple[torch.Tensor, torch.Tensor]:
+    """Variance of samples within each agent [1 + layer, agent] and between agents [1 + layer]."""
+    present = d.moments.count > 0
+    z = d.z
+    apart = (z - z[present].mean(0)).square()
+    squares = [
+        part.sum(1) for _, part in d.theta_layout.split_by_layer(torch.cat([z.square(), apart]))
+    ]
+    squared_mean, spread = torch.stack(squares).split(d.agents, dim=1)
+    # Rounding can leave a vanishing variance a hair below 0.
+    within = (d.moments.mean_squared_norm.mT - squared_mean).clamp(min=0)
+    within = torch.where(present, within, torch.nan)
+    return with_whole(within), with_whole(spread[:, present].mean(1))
+
+
+def _of_minibatches(
+    single: Quantity, count: NDArray[np.int64], minibatches: Sequence[int]
+) -> Quantity:
     """Drawing S / m of S samples without replacement: (m - 1) / (S - 1) of a sample's variance."""
-    count = moments.count.cpu().numpy()
     parts = np.asarray(minibatches)[:, None]
     possible = (count > 1) & (parts <= count)  # no minibatch is without samples
-    added = ratio(np.where(possible, parts - 1.0, np.nan), count - 1.0)
+    added = ratio(np.where(possible, parts - 1.0, np.nan), count - 1)
     return replace(
         single,
-        values=single.values[:, None] * added,
-        dims=("layer", "minibatches", "agent"),
+        values=single.values[:, :, None] * added,
+        dims=("network", "layer", "minibatches", "agent"),
         coords={**single.coords, "minibatches": list(minibatches)},
         estimator="trace of the covariance that random minibatches add, theta",
     )
 
 
 def _over_coordinates(decomposition: Decomposition) -> float:
-    parts = decomposition.contributions.values()
-    total = sum(float(part.coordinate_sums().sum(dtype=torch.float64)) for part in parts)
-    squared = sum(float(gram.sum()) for gram in decomposition.gram_psi().values())
+    sums = [
+        part.coordinate_sums().sum(dtype=torch.float64)
+        for part in decomposition.contributions.values()
+    ]
+    grams = decomposition.gram_psi().values()
+    total, squared = torch.stack([
+        torch.stack(sums).sum(),
+        torch.stack([gram.sum() for gram in grams]).sum(),
+    ]).tolist()
     size = decomposition.psi_layout.size
     return float(np.maximum(squared / size - (total / size) ** 2, 0.0))  # NaN stays NaN
 
 
-def _gsnr(moments: Moments) -> NDArray[np.float64]:
-    """Of the whole and of each layer, [layer, agent]."""
+def _gsnr(moments: Moments) -> torch.Tensor:
+    """Of the whole and of each layer, [1 + layer, agent]."""
     assert moments.square is not None
     count = moments.count.double()[:, None]
     mean = moments.mean
     spread = (moments.square / count - mean.square()) * count / (count - 1)
     each = torch.where(spread > 0, (mean.square() - spread / count) / spread, torch.nan)
     by_layer = [part.nanmean(1) for _, part in moments.layout.split_by_layer(each)]
-    return torch.stack([each.nanmean(1), *by_layer]).cpu().numpy()
+    return torch.stack([each.nanmean(1), *by_layer])
 
 
 def _of_means(
-    decomposition: Decomposition, of_sample: NDArray[np.float64], cosine: float
+    parts: SideBySide, of_sample: NDArray[np.float64], cosine: float
 ) -> dict[str, Quantity]:
     """What the spread of the copies says; nothing where they are not told apart."""
-    d = decomposition
-    estimates = d.estimates
-    if estimates is None:
+    e, copies = parts.estimates, parts.first.copies
+    if e is None:
         return {}
-    label, rows = SpaceLabels.of(d), estimates.rows
-    clusters = d.moments.copy_count.shape[1] if d.moments.copy_count is not None else 0
-    per_cluster = d.copies / clusters
-    noise, signal, known, resolve = (
-        label.of_estimates(rows, values)
-        for values in (
-            estimates.noise,
-            estimates.signal,
-            estimates.known.astype(float),
-            estimates.clusters_to_resolve(cosine) * per_cluster,
-        )
+    by_cluster = parts.first.moments.copy_count
+    clusters = by_cluster.shape[1] if by_cluster is not None else 0
+    noise, signal, known, resolve = map(
+        parts.placed,
+        (
+            e.noise,
+            e.signal,
+            e.known.astype(float),
+            e.clusters_to_resolve(cosine) * (copies / clusters),
+        ),
     )
     normalised = ratio(noise, np.where(known == 1, signal, 0.0))
     spread = f"spread of {clusters} clusters"
     unknown = "NaN unless the length is two standard errors above 0"
+    quantity = parts.quantity
     found = {
-        "squared_norm_debiased": label.quantity(
+        "squared_norm_debiased": quantity(
             signal, "loss^2", "U-statistic without products within a cluster"
         ),
-        "variance_mean": label.quantity(noise, "loss^2", spread),
-        "normalised_variance": label.quantity(normalised, "1", f"{spread}; {unknown}"),
-        "noise_scale": label.quantity(normalised * d.copies, "copies", f"{spread}; {unknown}"),
-        "copies_to_resolve": label.quantity(
-            resolve, "copies", f"for a cosine of {cosine:g}, power 80 %"
-        ),
+        "variance_mean": quantity(noise, "loss^2", spread),
+        "normalised_variance": quantity(normalised, "1", f"{spread}; {unknown}"),
+        "noise_scale": quantity(normalised * copies, "copies", f"{spread}; {unknown}"),
+        "copies_to_resolve": quantity(resolve, "copies", f"for a cosine of {cosine:g}, power 80 %"),
     }
-    independent = ratio(of_sample, d.moments.count.cpu().numpy() - 1.0)
-    theta = label.of_layers("theta", estimates.noise[rows["theta"]])
-    found["design_effect"] = label.quantity(
-        ratio(theta, independent), "1", f"{spread}, over samples'", spaces=False
+    independent = ratio(of_sample, parts.count - 1)
+    found["design_effect"] = quantity(
+        ratio(noise[:, SPACES.index("theta")], independent),
+        "1",
+        f"{spread}, over samples'",
+        spaces=False,
     )
-    if "jacobian" in rows:
-        jacobian = label.of_layers("psi", estimates.noise[rows["jacobian"]])
-        found["variance_jacobian"] = label.quantity(
-            jacobian, "loss^2", f"{spread}, of J^T Z with fixed Z", spaces=False
-        )
+    jacobian = np.full_like(noise[:, 0], np.nan)
+    for number, (network, d) in enumerate(parts.of_networks.items()):
+        rows = e.rows.get((network, "jacobian"))
+        if rows is not None:
+            jacobian[number, parts.columns(d.psi_layout.layers)] = e.noise[rows]
+            found["variance_jacobian"] = quantity(
+                jacobian, "loss^2", f"{spread}, of J^T Z with fixed Z", spaces=False
+            )
     return found

@@ -13,6 +13,7 @@ from measure import write
 from gradlab.decomposition import decompose
 from gradlab.metrics.coupling import measure_coupling
 from gradlab.metrics.interference import measure_interference
+from gradlab.metrics.spaces import SideBySide
 from gradlab.metrics.variance import measure_variance
 from trainers.config import TrainConfig
 from trainers.loop import Trainer
@@ -48,8 +49,8 @@ def row(method, agents):
             clusters, parts = seconds(lambda a=arguments, c=copy: decompose(*a, check=0, copy=c))
             others, _ = seconds(
                 lambda p=parts, n=network: (
-                    measure_interference(p),
-                    measure_variance(p),
+                    measure_interference(s := SideBySide({"": p})),
+                    measure_variance(s),
                     measure_coupling(n.generator, p.agents),
                 )
             )
