@@ -5,7 +5,9 @@ from gradlab.checks import UsageError
 from gradlab.run import open_run
 from trainers.config import TrainConfig
 from trainers.envs import make_env
+from trainers.envs.object_state import capture
 from trainers.envs.vector_env import Box, Discrete
+from trainers.envs.vmas import scenario_files
 from trainers.train import train_run
 
 NAVIGATION = {"name": "vmas/navigation", "copies": 3, "agents": 2, "args": {"collisions": False}}
@@ -61,6 +63,9 @@ def test_time_limit_truncates_with_the_last_observation():
     [
         ({"name": "vmas/navigaton"}, "Did you mean 'navigation'"),
         ({"name": "vmas/navigation", "args": {"colisions": 1}}, "Did you mean 'collisions'"),
+        ({"name": "vmas/football", "args": {"x": 1}}, "Known: .*continuous_actions, .*max_steps"),
+        ({"name": "vmas/football", "agents": 4}, "`agents` must be 3 in this scenario"),
+        ({"name": "vmas/navigation", "agents": 0}, "`agents` must be at least 1"),
         ({"name": "vmas/simple_spread", "args": {"max_steps": 0}}, "`max_steps` must be at least"),
         ({"name": "vmas/navigation", "args": {"agents_with_same_goal": 2}}, "can't be made"),
     ],
@@ -68,6 +73,91 @@ def test_time_limit_truncates_with_the_last_observation():
 def test_bad_input_is_a_usage_error(arguments, message):
     with pytest.raises(UsageError, match=message):
         make_env(copies=2, **arguments)
+
+
+def scenarios(*fast):
+    """Every scenario that ships; all but some are slow."""
+    return [
+        pytest.param(name, marks=() if name in fast else pytest.mark.slow)
+        for name in scenario_files()
+    ]
+
+
+WARNS = pytest.mark.filterwarnings("ignore:Force limits not specified")
+
+
+@WARNS
+@pytest.mark.parametrize("actions", ["continuous", "numbered"])
+@pytest.mark.parametrize("scenario", scenarios("dispersion", "simple_world_comm", "joint_passage"))
+def test_every_scenario_trains_with_full_diagnostics(tmp_path, scenario, actions):
+    config = TrainConfig.model_validate({
+        "env": f"vmas/{scenario}",
+        "env_args": {"max_steps": 5, "continuous_actions": actions == "continuous"},
+        "pad": True,
+        "copies": 3,
+        "steps": 8,
+        "frames": 3 * 8 * 2,
+        "every": 1,
+        "effects_every": 1,
+        "network": {"hidden": [8]},
+        "hypernetwork": {"hidden": [8]},
+    })
+    assert train_run(config, tmp_path / "r", tell=lambda _: None)
+    run = open_run(tmp_path / "r")
+    residual = run.quantity("residual")
+    assert residual.sizes == {"update": 2, "network": 2}
+    assert float(residual.max()) < 1e-4
+    assert run.quantity("episode_return").notnull().all()
+    assert run.quantity("snd").notnull().all()
+
+
+NOISY = {
+    "asym_joint": {"obs_noise": 0.2},
+    "joint_passage": {"obs_noise": 0.2},
+    "joint_passage_size": {"obs_noise": 0.2},
+    "road_traffic": {},
+}
+
+
+@WARNS
+@pytest.mark.parametrize("scenario", scenarios("joint_passage", "simple_reference", "discovery"))
+def test_what_the_agents_of_other_copies_see_is_left_as_it_was(scenario):
+    env = make_env(f"vmas/{scenario}", copies=4, seed=3, args=NOISY.get(scenario, {}))
+    first = env.reset()
+    space = env.spec.action_space
+    assert isinstance(space, Box)
+    high = space.high[:, None] if space.high.dim() == 2 else space.high
+    final = env.step(high.expand(env.spec.agents, 4, -1) / 2).final_observation
+    ended = torch.tensor([False, True, False, True])
+    for _ in range(2):
+        with env._own_random(), torch.inference_mode():
+            following = env._restart(ended, final).clone()
+        assert torch.equal(following[:, ~ended], final[:, ~ended])
+        assert not torch.equal(following[:, ended], final[:, ended])
+    assert first.shape == following.shape
+
+
+@pytest.mark.slow
+def test_looking_at_restarted_copies_is_not_kept_by_those_that_go_on():
+    env = make_env("vmas/road_traffic", copies=3, seed=3)
+    assert isinstance(env.spec.action_space, Box)
+    env.reset()
+    final = env.step(torch.zeros(env.spec.agents, 3, env.spec.action_space.size)).final_observation
+
+    def past():
+        tensors, values = capture(env._env, env._packages)
+        found = {path: x for path, x in tensors.items() if "/observations/past_" in path}
+        return found, {p: x for p, x in values["scalars"].items() if "/observations/past_" in p}
+
+    before, pointers = past()
+    assert len(before) > 5
+    for _ in range(2):
+        with env._own_random(), torch.inference_mode():
+            env._restart(torch.tensor([False, True, False]), final)
+        after, same = past()
+        assert same == pointers
+        for path, x in before.items():
+            torch.testing.assert_close(after[path], x, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.slow

@@ -115,6 +115,7 @@ class VmasEnv(VectorEnv):
             cause = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"vmas/{scenario} can't be made with {settings}: {cause}") from None
         self._packages = _packages(self._env)
+        self._looks_are_kept = True  # until a look shows that they are not
         self._starts: Starts | None = None  # until a copy finishes before the others
         names = tuple(agent.name for agent in self._env.agents)
         check(agents in {None, len(names)}, "agents", f"be {len(names)} in this scenario", agents)
@@ -192,7 +193,21 @@ class VmasEnv(VectorEnv):
             return final.index_copy(1, copies, starts.into(self._env, copies))
         for copy in copies.tolist():
             self._env.reset_at(copy, return_observations=False)
-        return self._stack(self._env.get_from_scenario(True, False, False, False)[0])
+        return final.index_copy(1, copies, self._look()[:, copies])
+
+    def _look(self) -> Float[Tensor, "agent copy obs"]:
+        """What all agents see now; they see it, noise and all, but no copy takes note of it.
+
+        A scenario may keep what was seen (road_traffic does, and rewards depend on it), and would
+        keep it twice for the copies that go on.
+        """
+        kept = capture(self._env, self._packages) if self._looks_are_kept else None
+        seen = self._stack(self._env.get_from_scenario(True, False, False, False)[0])
+        if kept is not None:
+            self._looks_are_kept = not _same(kept, capture(self._env, self._packages))
+            if self._looks_are_kept:
+                restore(self._env, self._packages, *kept)
+        return seen
 
     def _own_starts(self) -> Starts:
         if self._starts is None:
@@ -293,6 +308,18 @@ def _make(
 def _packages(env: Any) -> tuple[str, ...]:  # noqa: ANN401
     """What the environment's state is made of; VMAS loads a scenario's file as a module."""
     return "vmas", "torch.distributions", type(env.scenario).__module__
+
+
+def _same(one: tuple[dict[str, Tensor], Any], other: tuple[dict[str, Tensor], Any]) -> bool:
+    """Whether two captured states are the same."""
+    (tensors, values), (others, other_values) = one, other
+    return (
+        values == other_values
+        and tensors.keys() == others.keys()
+        and all(
+            torch.equal(x.nan_to_num(), others[path].nan_to_num()) for path, x in tensors.items()
+        )
+    )
 
 
 def _import_vmas() -> Any:  # noqa: ANN401 -- vmas has no types
