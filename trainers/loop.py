@@ -410,6 +410,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "agents": trainer.spec.agents,
         "agent_names": list(trainer.spec.agent_names),
         "padding": trainer.spec.padding,
+        "resuming": trainer.spec.resuming,
         "seed": config.seed,
         "updates": config.updates,
         "config": config.model_dump(mode="json"),

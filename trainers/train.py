@@ -48,6 +48,8 @@ def train_run(
         onwards = f"after update {checkpoint.update}" if checkpoint else "from the beginning"
         if trainer.spec.padding:
             tell(f"{config.env} is padded: {trainer.spec.padding}")
+        if trainer.spec.resuming:
+            tell(f"{config.env} has no state to save; on resuming, {trainer.spec.resuming}")
         for sentence in [*writer.notes, *(f"{p}; going on {onwards}" for p in problems)]:
             tell(sentence)
         if checkpoint:

@@ -300,8 +300,11 @@ def test_training_is_diagnosed_and_resumes_to_the_same_bits(tmp_path, name, sett
         }
         | {"hypernetwork": {"hidden": [8]}, "ppo": {"minibatches": 2, "epochs": 2}}
     )
-    assert train_run(config, tmp_path / "whole")
+    told = []
+    assert train_run(config, tmp_path / "whole", tell=told.append)
     run = open_run(tmp_path / "whole")
+    assert any(name in line and run.info["resuming"] in line for line in told)
+    assert run.info["resuming"].startswith("the episodes under way are played again")
     assert float(run.quantity("residual").max()) < 1e-4
     assert not math.isnan(float(run.quantity("episode_return")[-1]))
     updates = iter(range(1, 9))

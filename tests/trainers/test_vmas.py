@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,9 +9,10 @@ from trainers.config import TrainConfig
 from trainers.envs import make_env
 from trainers.envs.object_state import capture
 from trainers.envs.vector_env import Box, Discrete
-from trainers.envs.vmas import scenario_files
+from trainers.envs.vmas import scenario_arguments, scenario_files
 from trainers.train import train_run
 
+PAGE = Path(__file__).parents[2] / "docs" / "vmas.md"
 NAVIGATION = {"name": "vmas/navigation", "copies": 3, "agents": 2, "args": {"collisions": False}}
 
 
@@ -109,6 +112,39 @@ def test_every_scenario_trains_with_full_diagnostics(tmp_path, scenario, actions
     assert float(residual.max()) < 1e-4
     assert run.quantity("episode_return").notnull().all()
     assert run.quantity("snd").notnull().all()
+
+
+def documented():
+    """Rows of the page's table of scenarios by name."""
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    return {row[0]: row[1:] for row in rows if len(row) == 7}
+
+
+def test_page_lists_every_scenario():
+    assert documented().keys() == scenario_files().keys()
+
+
+@WARNS
+@pytest.mark.parametrize("scenario", scenarios("simple_tag", "navigation"))
+def test_page_has_the_sizes_of_the_scenario(scenario):
+    name = f"vmas/{scenario}"
+    vectors = make_env(name, copies=1).spec
+    numbered = make_env(name, copies=1, args={"continuous_actions": False}).spec
+    assert isinstance(vectors.action_space, Box)
+    assert isinstance(numbered.action_space, Discrete)
+    sets_agents = "n_agents" in scenario_arguments(scenario_files()[scenario])
+    assert documented()[scenario] == [
+        str(vectors.agents),
+        "yes" if sets_agents else "",
+        str(vectors.observation_size),
+        str(vectors.action_space.size),
+        str(numbered.action_space.n),
+        "yes" if vectors.padding else "",
+    ]
 
 
 NOISY = {

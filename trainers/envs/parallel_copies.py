@@ -19,6 +19,8 @@ from trainers.envs.vector_env import Box, Discrete, EnvironmentFailed, EnvSpec, 
 INTERFACE = ("possible_agents", "observation_space", "action_space", "reset", "step")
 """What an environment must have; and `agents` once it has been reset."""
 
+RESUMING = "the episodes under way are played again, and checked to be where they were"
+
 RENDER_MODE = "rgb_array"
 
 ParallelEnv = Any  # by what it has, not by its class
@@ -108,6 +110,7 @@ class ParallelCopies(VectorEnv):
             action_space=action_space,
             observation_sizes=if_they_differ(sizes),
             action_sizes=if_they_differ(action_sizes),
+            resuming=RESUMING,
         )
         self._episode = np.full(copies, -1)
         self._taken: list[list[np.ndarray]] = [[] for _ in range(copies)]

@@ -51,6 +51,8 @@ class EnvSpec:
             What is beyond an agent's own is never taken, or has no effect.
         world_state_size: Length of what `VectorEnv.world_state` says; None if it says nothing.
         outcomes: Names of what an episode may come to, see `Step.outcomes`.
+        resuming: In words, how a training goes on if the environment's state can't be copied; empty
+            if it can, and the training goes on exactly.
     """
 
     name: str
@@ -61,6 +63,7 @@ class EnvSpec:
     action_sizes: tuple[int, ...] | None = None
     world_state_size: int | None = None
     outcomes: tuple[str, ...] = ()
+    resuming: str = ""
 
     @property
     def agents(self) -> int:
