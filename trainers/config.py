@@ -152,6 +152,11 @@ class TrainConfig(_Section):
         "ippo",
         description="ippo: critics read their agent's own observation; mappo: that of all agents",
     )
+    critic_input: Literal["observations", "state"] = Field(
+        "observations",
+        description="what mappo's critics read: observations, those of all agents; state: the "
+        "environment's own world state, if it has one (smax)",
+    )
     env: str = Field("specialisation", description="environment")
     env_args: dict[str, JsonValue] = Field(
         default_factory=dict, description="keyword arguments to the environment"

@@ -1,9 +1,18 @@
-"""What a critic reads: the only difference between independent and multi-agent PPO."""
+"""What a critic reads: the only difference between independent and multi-agent PPO.
+
+Samples hold `observation` of every agent. Where critics are to read the environment's own world
+state, they hold `world_state` [1, sample, state] as well, once for all agents.
+"""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor
+
+from gradlab.checks import UsageError, check
+from trainers.config import TrainConfig
+from trainers.envs.vector_env import EnvSpec
 
 CriticInput = Callable[[Tensor], Tensor]
 
@@ -53,5 +62,57 @@ def read_once(read: Float[Tensor, "agent sample joint"], theta: Mapping[str, Ten
     return read[:1] if alike else read
 
 
-CRITIC_INPUTS: dict[str, CriticInput] = {"ippo": own_observation, "mappo": joint_observation}
-"""By algorithm."""
+def shared_state(
+    world_state: Float[Tensor, "1 *sample state"], *, agents: int
+) -> Float[Tensor, "agent *sample state"]:
+    """Each agent's value from how the world stands (MAPPO; Yu et al., 2022).
+
+    Args:
+        world_state: What the environment says of itself.
+        agents: Number of agents.
+
+    Returns:
+        The same for every agent, a view that takes the memory of one.
+    """
+    return world_state.expand(agents, *world_state.shape[1:])
+
+
+def critic_source(samples: Mapping[str, Tensor]) -> str:
+    """Name what critics read something of.
+
+    Args:
+        samples: Samples by name.
+
+    Returns:
+        "world_state", where critics are to read it; else "observation".
+    """
+    return "world_state" if "world_state" in samples else "observation"
+
+
+def make_critic_input(config: TrainConfig, spec: EnvSpec) -> CriticInput:
+    """Make what takes what the critics read from what `critic_source` names.
+
+    Args:
+        config: Algorithm and critic input.
+        spec: What the environment looks like.
+
+    Returns:
+        The function.
+
+    Raises:
+        UsageError: If the environment has no such thing, or the algorithm does not read it.
+    """
+    if config.critic_input == "observations":
+        return {"ippo": own_observation, "mappo": joint_observation}[config.algorithm]
+    check(
+        config.algorithm == "mappo",
+        "critic_input",
+        "be observations with --algorithm ippo, whose critics read their agent's own",
+        config.critic_input,
+    )
+    if spec.world_state_size is None:
+        raise UsageError(
+            f"`critic_input` must be observations: {spec.name} has no world state. Got "
+            f"critic_input={config.critic_input!r}."
+        )
+    return partial(shared_state, agents=spec.agents)

@@ -11,7 +11,7 @@ from gradlab.metrics.diversity import shared_observations
 from gradlab.probe import Level, Network, Probe
 from gradlab.quantity import Quantity
 from trainers.config import TrainConfig
-from trainers.critic_input import CRITIC_INPUTS
+from trainers.critic_input import CriticInput, critic_source
 from trainers.generators.generator import Generator
 from trainers.policies import Policy
 from trainers.ppo import normalise
@@ -30,7 +30,7 @@ SHARED_OBSERVATIONS = 512
 
 _READ = {
     "actor": ("observation", "action", "action_mask", "log_prob", "advantage"),
-    "critic": ("observation", "value", "target"),
+    "critic": ("observation", "world_state", "value", "target"),
 }
 
 
@@ -47,6 +47,7 @@ class Diagnosis:
         config: TrainConfig,
         networks: Mapping[str, Network],
         policy: Policy,
+        critic_input: CriticInput,
         optimiser: torch.optim.Adam,
     ) -> None:
         """Measure nothing yet.
@@ -55,6 +56,7 @@ class Diagnosis:
             config: How much to measure, and how often.
             networks: "actor" and "critic"; at level "light" the actor alone is diagnosed.
             policy: Turns the actor's outputs into action distributions.
+            critic_input: What the value functions read of the observations, or world states.
             optimiser: Trains the networks.
         """
         level = config.diagnostics
@@ -65,6 +67,7 @@ class Diagnosis:
         self.findings: list[str] = []
         self._config = config
         self._policy = policy
+        self._critic_input = critic_input
         self._optimiser = optimiser
 
     def of(self, update: int, rollout: Rollout) -> dict[str, Quantity]:
@@ -128,8 +131,10 @@ class Diagnosis:
             for network in self.probe.networks
         }
         if "critic" in batches:
-            critic_observation = CRITIC_INPUTS[config.algorithm](batches["critic"]["observation"])
-            batches["critic"]["observation"] = critic_observation
+            of_critic = batches["critic"]
+            read = self._critic_input(of_critic[critic_source(of_critic)])
+            of_critic.pop("world_state", None)
+            of_critic["observation"] = read
         return batches, copy, mask
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Generator as RandomGenerator
 from torch import Tensor
@@ -31,11 +31,13 @@ class Episodes:
         lengths: Steps of each episode.
         metrics: What the environment measured itself, by name, each summed over the episode's
             steps; NaN for an agent that a measure is not of.
+        outcomes: Whether each episode came to what the environment names (`Step.outcomes`).
     """
 
     returns: Float[Tensor, "agent episode"]
     lengths: Int[Tensor, " episode"]
     metrics: Mapping[str, Float[Tensor, "agent episode"]]
+    outcomes: Mapping[str, Bool[Tensor, " episode"]]
 
     def quantities(self) -> dict[str, Quantity]:
         """Label means over the episodes, as a run records them.
@@ -44,7 +46,8 @@ class Episodes:
             `evaluation_return`, of the mean over agents, and `evaluation_agent_return` [agent],
             both with the ends `..._low` and `..._high` of their 95 % intervals, which are those
             of Student's t over the episodes (NaN with a single one); `evaluation_length` in steps;
-            `evaluation_metric` [metric, agent], if anything was measured.
+            `evaluation_metric` [metric, agent], if anything was measured; `evaluation_outcome_rate`
+            [outcome], if the environment names outcomes, with the ends of its Wilson interval.
         """
         episodes = len(self.lengths)
         of_mean = f"mean over {episodes} whole episodes"
@@ -82,6 +85,18 @@ class Episodes:
                 "sum over steps",
                 f"{of_mean} of the sum over the episode's steps",
             )
+        if self.outcomes:
+            rates = [rate_interval(happened) for happened in self.outcomes.values()]
+            wilson = f"95 % interval: Wilson's over {episodes} episodes"
+            for end, values, estimator in zip(
+                ("", "_low", "_high"),
+                torch.tensor(rates, dtype=torch.float64).mT,
+                (of_mean, wilson, wilson),
+                strict=True,
+            ):
+                found[f"evaluation_outcome_rate{end}"] = labelled(
+                    values, {"outcome": self.outcomes}, "1", estimator
+                )
         return found
 
 
@@ -103,6 +118,21 @@ def mean_interval(
     error = values.std(-1) / episodes**0.5
     half = error * float(stats.t.ppf((1 + LEVEL) / 2, episodes - 1))
     return mean, mean - half, mean + half
+
+
+def rate_interval(happened: Bool[Tensor, " episode"]) -> tuple[float, float, float]:
+    """Estimate how often something happens, and the interval of that, episodes being independent.
+
+    Args:
+        happened: Whether it did, in each of at least one episode.
+
+    Returns:
+        The share, and the lower and upper ends of its 95 % interval by Wilson ("Probable
+        inference", 1927), which is not empty where all or none did.
+    """
+    test = stats.binomtest(int(happened.sum()), len(happened))
+    low, high = test.proportion_ci(LEVEL, method="wilson")
+    return float(test.statistic), float(low), float(high)
 
 
 @torch.no_grad()
@@ -139,6 +169,7 @@ def play_episodes(
     returns = torch.zeros(env.spec.agents, env.copies, dtype=torch.float64)
     lengths = torch.zeros(env.copies, dtype=torch.int64)
     metrics: dict[str, Tensor] = {}
+    outcomes = {name: torch.zeros_like(playing) for name in env.spec.outcomes}
     observation = env.reset()
     active = torch.ones(env.spec.agents, env.copies, dtype=torch.bool)
     memory = policy.network.begin(env.spec.agents, env.copies)
@@ -156,8 +187,10 @@ def play_episodes(
         for name, value in step.info.items():
             so_far = metrics.setdefault(name, torch.zeros_like(returns))
             so_far += torch.where(playing, value, 0)
+        for name, happened in outcomes.items():
+            happened |= playing & step.ended & step.outcomes[name]
         playing &= ~step.ended
         if not playing.any():
-            return Episodes(returns=returns, lengths=lengths, metrics=metrics)
+            return Episodes(returns=returns, lengths=lengths, metrics=metrics, outcomes=outcomes)
         observation, active = step.observation, step.act_next
         # A memory is not emptied where an episode ends: what follows counts for nothing.

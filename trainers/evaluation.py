@@ -84,6 +84,7 @@ class Evaluation:
             "metrics": {
                 name: _finite(values.tolist()) for name, values in episodes.metrics.items()
             },
+            "outcomes": {name: happened.tolist() for name, happened in episodes.outcomes.items()},
         }
 
     def save(self, run: Path) -> Path:

@@ -20,7 +20,7 @@ from gradlab.run_writer import RunWriter
 from trainers.acting import fixed_parameters
 from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint
 from trainers.config import EvaluationConfig, TrainConfig, differing_settings
-from trainers.critic_input import CRITIC_INPUTS
+from trainers.critic_input import critic_source, make_critic_input
 from trainers.diagnosis import Diagnosis
 from trainers.envs import make_env
 from trainers.envs.vector_env import (
@@ -67,8 +67,9 @@ class Trainer:
         recurrent = config.recurrent_size is not None
         samples = config.copies * (1 if recurrent else config.steps)
         check_minibatches(config.ppo.minibatches, samples, env.spec.agents, recurrent=recurrent)
-        critic_input = CRITIC_INPUTS[config.algorithm]
-        seen = critic_input(torch.empty(env.spec.agents, 1, env.spec.observation_size)).shape[-1]
+        critic_input = make_critic_input(config, env.spec)
+        self.collector = make_collector(config, env)
+        seen = critic_input(self.collector.seen[critic_source(self.collector.seen)])
         form: dict[str, Any] = {
             "hidden": config.network.hidden,
             "activation": config.network.activation,
@@ -80,7 +81,7 @@ class Trainer:
             action_mask=env.spec.action_mask,
             **form,
         )
-        value = make_network(seen, 1, head_gain=1.0, **form)
+        value = make_network(seen.shape[-1], 1, head_gain=1.0, **form)
         self.actor = self._generator("actor", policy.network)
         self.critic = self._generator("critic", value)
         self.policy = replace(policy, network=self.actor.mlp)
@@ -91,7 +92,6 @@ class Trainer:
             eps=config.ppo.adam_epsilon,
             fused=True,
         )
-        self.collector = make_collector(config, env)
         self.updates_done = 0
         self.last_return = math.nan
         self._saver = Saver()
@@ -103,7 +103,7 @@ class Trainer:
             "actor": Network(generator=self.actor, surrogate=self.policy_loss),
             "critic": Network(generator=self.critic, surrogate=self.value_loss),
         }
-        self.diagnosis = Diagnosis(config, networks, self.policy, self.optimiser)
+        self.diagnosis = Diagnosis(config, networks, self.policy, critic_input, self.optimiser)
         self._updater = Updater(
             config.ppo,
             (self.actor, self.critic),
@@ -111,6 +111,7 @@ class Trainer:
             critic_input,
             self.optimiser,
         )
+        self._critic_input = critic_input
         self._entropy_coefficient = self.policy_loss.entropy_coefficient
 
     def _make_env(self, copies: int, seed: int, *, info: bool = False) -> VectorEnv:
@@ -182,6 +183,7 @@ class Trainer:
                     name: Quantity.scalar(float(value), unit)
                     for name, (value, unit) in scalars.items()
                 }
+                quantities |= _outcome_rate(rollout)
                 writer.write(update, quantities)
                 progress(self.frames_done, self.last_return)
                 self._saver.save(writer.path, self.state)
@@ -234,7 +236,7 @@ class Trainer:
         env_tensors, env_values = self.collector.env.state()
         tensors = {
             "random": self.random.get_state(),
-            "collector.observation": self.collector.observation,
+            **{f"collector.{name}": seen for name, seen in self.collector.seen.items()},
             "collector.active": self.collector.active,
             "collector.running_return": self.collector.running_return,
             "collector.running_length": self.collector.running_length,
@@ -321,7 +323,7 @@ class Trainer:
                 Critics(
                     network=self.value,
                     theta=fixed_parameters(self.critic),
-                    reads=CRITIC_INPUTS[self.config.algorithm],
+                    reads=self._critic_input,
                 ),
                 self.config.ppo,
                 self.random,
@@ -417,5 +419,19 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _mean(values: list[float] | list[int]) -> float:
+def _outcome_rate(rollout: Rollout) -> dict[str, Quantity]:
+    """How often the episodes that ended came to what the environment names; none if it does not."""
+    if not rollout.outcomes:
+        return {}
+    rates = Quantity(
+        values=np.array([_mean(happened) for happened in rollout.outcomes.values()]),
+        dims=("outcome",),
+        coords={"outcome": list(rollout.outcomes)},
+        unit="1",
+        estimator="share of the episodes that ended in the rollout",
+    )
+    return {"outcome_rate": rates}
+
+
+def _mean(values: list[float] | list[int] | list[bool]) -> float:
     return fmean(values) if values else math.nan

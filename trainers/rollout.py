@@ -1,7 +1,7 @@
 """Collecting experience: every copy stepped by the current policies."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from gradlab.checks import check
 from trainers.acting import act
 from trainers.config import PPOConfig, TrainConfig
+from trainers.critic_input import critic_source
 from trainers.envs.vector_env import VectorEnv, kept
 from trainers.finite import check_finite
 from trainers.gae import advantages
@@ -34,12 +35,14 @@ class Rollout:
             environment's rewards as they are. Agents that have left earn nothing.
         episode_lengths: Steps of each episode that ended.
         reward_per_step: Mean of the environment's rewards over agents, copies and time.
+        outcomes: Whether each episode that ended came to what the environment names, by name.
     """
 
     samples: dict[str, Tensor]
     episode_returns: list[float]
     episode_lengths: list[int]
     reward_per_step: float
+    outcomes: Mapping[str, list[bool]]
 
 
 class Collector:
@@ -49,13 +52,15 @@ class Collector:
         env: The environment.
         observation: What the agents act on next [agent, copy, obs], normalised if that is asked
             for; 0 for agents that have left their episode.
+        world_state: How the world stands then [1, copy, state], normalised likewise, if critics
+            are to read it; else None.
         active: Which agents act on it [agent, copy].
         memory: What each recurrent network's memory holds before it reads "observation", [agent,
             copy, size] by name, "actor" and "critic".
         running_return: Return so far of each copy's episode, mean over agents.
         running_length: Steps so far of each copy's episode.
-        normalisers: What learns from every step how to scale "observation" and "reward", if
-            anything does.
+        normalisers: What learns from every step how to scale "observation", "world_state" and
+            "reward", if anything does.
     """
 
     def __init__(
@@ -64,8 +69,10 @@ class Collector:
         *,
         team_reward: bool = False,
         observations: ObservationNormaliser | None = None,
+        world_states: ObservationNormaliser | None = None,
         rewards: RewardNormaliser | None = None,
         memory_size: int | None = None,
+        reads_world_state: bool = False,
     ) -> None:
         """Start every copy.
 
@@ -73,26 +80,38 @@ class Collector:
             env: The environment.
             team_reward: Let every agent learn from the mean of all agents' rewards.
             observations: Scales observations.
+            world_states: Scales world states.
             rewards: Scales the rewards that are learned from.
             memory_size: Size of the networks' memory; None: they are feed-forward.
+            reads_world_state: Whether critics are to read the environment's world state.
         """
         self.env = env
         self.normalisers: dict[str, ObservationNormaliser | RewardNormaliser] = {}
         if observations is not None:
             self.normalisers["observation"] = observations
+        if world_states is not None:
+            self.normalisers["world_state"] = world_states
         if rewards is not None:
             self.normalisers["reward"] = rewards
         self._team_reward = team_reward
         self._observations = observations
+        self._world_states = world_states
         self._rewards = rewards
         self.active = torch.ones(env.spec.agents, env.copies, dtype=torch.bool)
         self.observation = self._read(env.reset(), self.active)
+        self.world_state = self._read_world_state() if reads_world_state else None
         self.memory: dict[str, Tensor] = {}
         if memory_size is not None:
             shape = (env.spec.agents, env.copies, memory_size)
             self.memory = {network: torch.zeros(shape) for network in ("actor", "critic")}
         self.running_return = torch.zeros(env.copies, dtype=torch.float64)
         self.running_length = torch.zeros(env.copies, dtype=torch.int64)
+
+    @property
+    def seen(self) -> dict[str, Tensor]:
+        """What the networks read next: `observation`, and `world_state` if critics are to."""
+        found = {"observation": self.observation}
+        return found if self.world_state is None else found | {"world_state": self.world_state}
 
     @torch.no_grad()
     def collect(
@@ -126,6 +145,8 @@ class Collector:
         starts = torch.zeros_like(self.active)  # a memory is already empty at the first step
         returns: list[float] = []
         lengths: list[int] = []
+        outcomes: dict[str, list[bool]] = {name: [] for name in self.env.spec.outcomes}
+        source = critic_source(self.seen)
 
         for time in range(steps):
             mask = self.env.action_mask()
@@ -140,9 +161,13 @@ class Collector:
             if of_actor is not None:
                 self.memory["actor"] = forgotten(of_actor, ended)
             if step.truncated.any():
-                final[time] = self.scaled(step.final_observation, step.active)
+                final[time] = (
+                    self.scaled(step.final_observation, step.active)
+                    if self.world_state is None
+                    else self._scaled_world_state(step.final_world_state)
+                )
             row = {
-                "observation": self.observation,
+                **self.seen,
                 "action": action,
                 "log_prob": log_prob,
                 "reward": step.reward,
@@ -162,14 +187,18 @@ class Collector:
             if ended.any():
                 returns += self.running_return[ended].tolist()
                 lengths += self.running_length[ended].tolist()
+                for name, happened in outcomes.items():
+                    happened += step.outcomes[name][ended].tolist()
                 self.running_return[ended] = 0
                 self.running_length[ended] = 0
             self.observation, self.active = observation, active
+            if self.world_state is not None:
+                self.world_state = self._read_world_state()
             starts = ended.expand_as(self.active)
         stacked = {name: torch.stack(rows, dim=1) for name, rows in columns.items()}
         reward = stacked.pop("reward")
         check_finite("reward", reward, ("agent", "step", "copy"))
-        seen = torch.stack([*columns["observation"], self.observation], dim=1)
+        seen = torch.stack([*columns[source], self.seen[source]], dim=1)
         value, following, memory = critics.values(
             seen, final, torch.stack(over), self.memory.get("critic")
         )
@@ -201,6 +230,7 @@ class Collector:
             episode_returns=returns,
             episode_lengths=lengths,
             reward_per_step=reward.mean().item(),
+            outcomes=outcomes,
         )
 
     def _read(self, observation: Tensor, active: Tensor) -> Tensor:
@@ -228,6 +258,21 @@ class Collector:
         scaled = self._observations(observation)
         return scaled if active is None else kept(scaled, active)
 
+    def _read_world_state(self) -> Tensor:
+        """What critics read of how the world stands, [1, copy, state]."""
+        state = self.env.world_state()
+        assert state is not None
+        if not math.isfinite(state.sum().item()):
+            check_finite("world state", state, ("copy",))
+        if self._world_states is not None:
+            self._world_states.learn(state)
+        return self._scaled_world_state(state)
+
+    def _scaled_world_state(self, state: Tensor | None) -> Tensor:
+        assert state is not None
+        state = state[None]
+        return state if self._world_states is None else self._world_states(state)
+
     def _paid(self, reward: Tensor, ended: Tensor, acted: Tensor) -> Tensor:
         """What the agents learn from."""
         if self._team_reward:
@@ -249,7 +294,8 @@ def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
         UsageError: If padded observations are to be normalised.
     """
     scales = config.normalise
-    observations = rewards = None
+    reads_world_state = config.critic_input == "state"
+    observations = world_states = rewards = None
     if scales.observations:
         check(
             env.spec.observation_sizes is None,
@@ -258,6 +304,9 @@ def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
             True,
         )
         observations = ObservationNormaliser(env.spec.observation_size, scales.clip)
+        if reads_world_state:
+            assert env.spec.world_state_size is not None
+            world_states = ObservationNormaliser(env.spec.world_state_size, scales.clip)
     if scales.rewards:
         rewards = RewardNormaliser(
             env.spec.agents, env.copies, discount=config.ppo.discount, clip=scales.clip
@@ -266,6 +315,8 @@ def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
         env,
         team_reward=config.reward == "team",
         observations=observations,
+        world_states=world_states,
         rewards=rewards,
         memory_size=config.recurrent_size,
+        reads_world_state=reads_world_state,
     )

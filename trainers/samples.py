@@ -4,7 +4,8 @@ Of a feed-forward network a sample is one step of one agent in one copy: tensors
 ...]. Of a recurrent one it is a segment of a trajectory, all steps of one copy in a rollout:
 tensors [agent, segment, time, ...], with `starts`, where an episode begins, and with each network's
 `memory` [agent, segment, size] before the first step. `active` says which steps their agent acted
-in, if not all; agents that have left their episode have no samples.
+in, if not all; agents that have left their episode have no samples. `world_state` [1, sample, ...],
+once for all agents, is there where critics are to read it (`trainers.critic_input`).
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradlab.checks import check
 from gradlab.quantity import Quantity
 from trainers.config import PPOConfig
-from trainers.critic_input import CriticInput, read_once
+from trainers.critic_input import CriticInput, critic_source, read_once
 from trainers.finite import check_gradient, finite_mean
 from trainers.generators.generator import Generator
 from trainers.networks import Theta
@@ -44,7 +44,7 @@ class Updater:
             config: Epochs, minibatches and the like.
             networks: Generators of the policies and of the value functions.
             losses: What they minimise.
-            critic_input: What the value functions read of the observations.
+            critic_input: What the value functions read of the observations, or world states.
             optimiser: Of the parameters of both.
         """
         self._config = config
@@ -128,7 +128,7 @@ class Updater:
             losses, log_ratio = self._policy_loss.with_log_ratio(
                 actor.of(batch["observation"]), of_network(batch, "actor")
             )
-            read = self._critic_input(batch["observation"])
+            read = self._critic_input(batch[critic_source(batch)])
             theta = critic.of(read)
             if "starts" not in batch:  # memories are each agent's own
                 read = read_once(read, theta)

@@ -20,7 +20,7 @@ class Critics:
     Attributes:
         network: Their form.
         theta: Their parameters for all agents, given what they read.
-        reads: What they read of the observations.
+        reads: What they read of the observations, or world states.
     """
 
     network: MLP
@@ -29,8 +29,8 @@ class Critics:
 
     def values(
         self,
-        observation: Float[Tensor, "agent following copy obs"],
-        final: Mapping[int, Float[Tensor, "agent copy obs"]],
+        seen: Float[Tensor, "source following copy obs"],
+        final: Mapping[int, Float[Tensor, "source copy obs"]],
         ended: Bool[Tensor, "time copy"],
         memory: Float[Tensor, "agent copy size"] | None,
     ) -> tuple[
@@ -41,8 +41,8 @@ class Critics:
         """Values of a rollout's observations, and of what followed each step.
 
         Args:
-            observation: What was acted on at each step, and what is to be acted on next: one more
-                than there are steps.
+            seen: What all agents acted on at each step, and are to act on next: one more than
+                there are steps; or how the world stood then, once for all agents.
             final: By step, what was seen before copies were reset, where that is asked for.
             ended: Where an episode ended.
             memory: What recurrent critics remember before the first observation.
@@ -53,48 +53,48 @@ class Critics:
         """
         steps = len(ended)
         if memory is None:
-            value, of_final = self._at_once(observation, final)
+            value, of_final = self._at_once(seen, final)
         else:
-            value, of_final, memory = self._in_turn(observation, final, ended, memory)
+            value, of_final, memory = self._in_turn(seen, final, ended, memory)
         following = value[:, 1:].clone()
-        for step, seen in of_final.items():
-            following[:, step] = seen
+        for step, value_then in of_final.items():
+            following[:, step] = value_then
         return value[:, :steps], following, memory
 
     def _at_once(
-        self, observation: Tensor, final: Mapping[int, Tensor]
+        self, seen: Tensor, final: Mapping[int, Tensor]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        agents, _, copies, _ = observation.shape
-        everything = torch.cat([observation, *(seen[:, None] for seen in final.values())], dim=1)
+        _, known, copies, _ = seen.shape
+        agents = len(self.reads(seen[:, :1]))
+        everything = torch.cat([seen, *(last[:, None] for last in final.values())], dim=1)
         # As in an update: few enough rows at once to stay in the processor's cache.
         parts = everything.split(max(1, ROWS // (agents * copies)), dim=1)
         value = torch.cat(
             [self._of(part.flatten(1, 2), None)[0].unflatten(1, (-1, copies)) for part in parts], 1
         )
-        known = observation.shape[1]
         return value[:, :known], dict(zip(final, value[:, known:].unbind(1), strict=True))
 
     def _in_turn(
         self,
-        observation: Tensor,
+        seen: Tensor,
         final: Mapping[int, Tensor],
         ended: Tensor,
         memory: Tensor,
     ) -> tuple[Tensor, dict[int, Tensor], Tensor]:
         values, of_final = [], {}
         for step, over in enumerate(ended):
-            value, after = self._of(observation[:, step], memory)
+            value, after = self._of(seen[:, step], memory)
             values.append(value)
             if step in final:
                 of_final[step], _ = self._of(final[step], after)
             assert after is not None
             memory = forgotten(after, over)
-        values.append(self._of(observation[:, -1], memory)[0])
+        values.append(self._of(seen[:, -1], memory)[0])
         return torch.stack(values, 1), of_final, memory
 
-    def _of(self, observation: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _of(self, source: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Values [agent, copy] of one step, and what is remembered then."""
-        seen = self.reads(observation)
+        seen = self.reads(source)
         theta = self.theta(seen)
         read, memory = self.network.read_next(theta, seen, memory)
         value = self.network.forward(theta, read_once(read, theta)).squeeze(-1)

@@ -77,7 +77,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def _print(run: "Run", found: "Evaluation") -> None:
     """Print means and intervals, an agent a row."""
-    from trainers.episodes import mean_interval
+    from trainers.episodes import mean_interval, rate_interval
 
     episodes = found.episodes
     columns = {"return": episodes.returns, **episodes.metrics}
@@ -102,6 +102,12 @@ def _print(run: "Run", found: "Evaluation") -> None:
         f"{found.frames:,} frames; the run is {run.state}). Whole episodes: {len(length)}, {kind}, "
         f"seed {found.seed}, {length.mean().item():.4g} steps on average."
     )
+    for name, happened in episodes.outcomes.items():
+        rate, low, high = rate_interval(happened)
+        print(
+            f"{name}: {rate:.1%} of the episodes ({happened.sum()}; 95 % interval {low:.1%} to "
+            f"{high:.1%})."
+        )
 
 
 def _with_interval(mean: float, low: float, high: float) -> str:

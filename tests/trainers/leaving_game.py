@@ -12,8 +12,8 @@ class LeavingGame(VectorEnv):
     """Synchronisation among the agents that are left; observations are noise.
 
     Each agent's last step is drawn for each episode. It ends in a terminal state when all have
-    left, and is cut off at the horizon. `garbage` stands in all that is said of agents that have
-    left.
+    left, and is cut off at the horizon, which is a win. The world state says who acts, and the
+    time. `garbage` stands in all that is said of agents that have left.
     """
 
     def __init__(self, copies, *, seed=0, garbage=0.0):
@@ -25,6 +25,8 @@ class LeavingGame(VectorEnv):
             agent_names=tuple(f"agent_{i}" for i in range(AGENTS)),
             observation_size=OBSERVATION,
             action_space=Discrete(n=ACTIONS),
+            world_state_size=AGENTS + 1,
+            outcomes=("win", "early"),
         )
         self.acting = torch.ones(AGENTS, copies, dtype=torch.bool)
         self.time = torch.zeros(copies, dtype=torch.int64)
@@ -35,6 +37,9 @@ class LeavingGame(VectorEnv):
 
     def _observe(self):
         return torch.randn(AGENTS, self.copies, OBSERVATION, generator=self.random)
+
+    def world_state(self):
+        return torch.cat([self.acting, self.time[None]]).float().mT
 
     def reset(self):
         self.time = torch.zeros_like(self.time)
@@ -53,6 +58,8 @@ class LeavingGame(VectorEnv):
         truncated = (self.time >= HORIZON) & ~terminated
         ended = terminated | truncated
         final = torch.where(active[..., None], self._observe(), self.garbage)
+        self.acting = active
+        world_state, early = self.world_state(), self.time < 4
         first, last = self._observe(), self._draw()
         self.time = torch.where(ended, 0, self.time)
         self.last = torch.where(ended, last, self.last)
@@ -64,6 +71,8 @@ class LeavingGame(VectorEnv):
             truncated=truncated,
             final_observation=final,
             active=active,
+            final_world_state=world_state,
+            outcomes={"win": truncated, "early": early},
         )
 
     def state(self):

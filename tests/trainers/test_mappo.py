@@ -48,7 +48,10 @@ def test_critics_value_what_all_agents_see(method):
             theta = trainer.critic(torch.tensor([agent]), *arguments)
             theta = {name: tensor[0] for name, tensor in theta.items()}
             value = trainer.value.forward(theta, one[0])[0]
-            torch.testing.assert_close(samples["value"][agent, sample], value.detach())
+            # float32: batched products round otherwise
+            torch.testing.assert_close(
+                samples["value"][agent, sample], value.detach(), rtol=1e-5, atol=1e-5
+            )
     alike = torch.allclose(samples["value"][0], samples["value"][1])
     assert alike == (method == "fups")  # who knows no agent has one value for all
     _, actor = next(iter(trainer.policy.network.layers.values()))

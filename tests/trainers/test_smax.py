@@ -1,9 +1,21 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
+from resuming import same_end
 
 from gradlab.checks import UsageError
+from gradlab.run import open_run
+from trainers.config import TrainConfig
 from trainers.envs import environment_names, make_env
 from trainers.envs.smax import map_names
+from trainers.loop import Trainer
+from trainers.train import train_run
 
 COPIES, LIMIT = 4, 20  # the same everywhere, so that each map is compiled once
 ARGS = {"max_steps": LIMIT}
@@ -204,3 +216,137 @@ def test_maps_are_jaxmarls():
 
     assert map_names() == list(MAP_NAME_TO_SCENARIO)
     assert {f"smax/{name}" for name in map_names()} < set(environment_names())
+
+
+TRAINING = {
+    "method": "hypermarl",
+    "algorithm": "mappo",
+    "critic_input": "state",
+    "env": "smax/3m",
+    "env_args": ARGS,
+    "copies": COPIES,
+    "steps": 16,
+    "frames": COPIES * 16 * 4,
+    "network": {"hidden": [8]},
+    "hypernetwork": {"hidden": [8]},
+    "every": 2,
+    "effects_every": 2,
+    "evaluation": {"every": 2, "episodes": COPIES},
+}
+
+
+def trainer_of(**settings):
+    return Trainer(TrainConfig.model_validate(TRAINING | settings))
+
+
+@pytest.mark.parametrize("memory", ["none", "gru"])
+def test_dead_units_have_no_samples_and_nobody_does_what_is_out_of_reach(memory):
+    trainer = trainer_of(steps=40, network={"hidden": [8], "memory": memory, "memory_size": 8})
+    env = trainer.collector.env
+    states, plain = [], env.step
+
+    def step(action):
+        states.append(env.world_state())
+        return plain(action)
+
+    env.step = step
+    samples = trainer._collect().samples
+    lives = torch.stack([alive(state)[:, :3].mT for state in states], 1)  # agent, time, copy
+    shaped = lives.mT if memory == "gru" else lives.flatten(1, 2)
+    assert torch.equal(samples["active"], shaped)
+    assert 0.3 < lives.float().mean() < 0.97
+    possible = samples["action_mask"].gather(-1, samples["action"][..., None])[..., 0]
+    assert possible.all()
+    assert not samples["action_mask"][samples["active"]].all()
+    # whatever stands there in place of samples, the update is the same
+    random = torch.Generator().manual_seed(0)
+    ends = []
+    for noise in (0.0, 3.0):
+        other = trainer_of(steps=40, network={"hidden": [8], "memory": memory, "memory_size": 8})
+        changed = {
+            name: tensor + noise * ~shaped * torch.randn(shaped.shape, generator=random)
+            if name in {"log_prob", "value", "advantage", "target"}
+            else tensor
+            for name, tensor in samples.items()
+        }
+        other._update(changed)
+        ends.append([*other.actor.parameters(), *other.critic.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
+
+
+def test_training_reads_the_world_s_state_and_resumes_to_the_bit(tmp_path):
+    config = TrainConfig.model_validate(TRAINING | {"normalise": {"observations": True}})
+    assert train_run(config, tmp_path / "whole")
+    done = []
+    for stop in (2, None):
+        train_run(
+            config,
+            tmp_path / "parts",
+            resume=True,
+            progress=lambda frames, _: done.append(frames // (COPIES * 16)),
+            stop=lambda stop=stop: done[-1] == stop,
+        )
+    same_end(tmp_path / "whole", tmp_path / "parts")
+    run = open_run(tmp_path / "whole")
+    assert (run.quantity("residual") < 1e-4).all()
+    assert run.quantity("outcome_rate")["outcome"].values.tolist() == ["win"]
+    assert run.quantity("evaluation_outcome_rate").shape == (2, 1)
+    trainer = Trainer(config)
+    assert trainer.value.observation_size == trainer.spec.world_state_size
+
+
+def test_dead_units_have_samples_if_that_is_asked_for():
+    trainer, all_along = trainer_of(), trainer_of(env_args=ARGS | {"train_dead": True})
+    assert "active" in trainer._collect().samples
+    assert "active" not in all_along._collect().samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", map_names())
+def test_every_map_makes_spaces_and_steps(name):
+    env = make_env(f"smax/{name}", copies=2, args={"max_steps": 3})
+    observation = env.reset()
+    spec = env.spec
+    assert observation.shape == (spec.agents, 2, spec.observation_size)
+    assert env.world_state().shape == (2, spec.world_state_size)
+    steps = play(env, 9)
+    assert sum(int(step.ended.sum()) for step in steps) >= 4
+    for step in steps:
+        assert step.observation.isfinite().all()
+        assert step.final_observation.shape == observation.shape
+        assert (step.reward[0] == step.reward).all()
+    assert env.action_mask().shape == (spec.agents, 2, spec.action_space.n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", [{"attack_mode": "random"}, {"observation_type": "conic"}])
+def test_every_choice_steps(choice):
+    env = make(**choice)
+    env.reset()
+    assert all(step.observation.isfinite().all() for step in play(env, 40))
+
+
+@pytest.mark.slow
+def test_killed_training_resumes_to_the_same_bits_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "gradlab", "train", "--env", "smax/3m", "--copies", "4"]
+    command += ["--steps", "16", "--frames", str(64 * 60), "--every", "20", "--method", "fups-id"]
+    command += ["--algorithm", "mappo", "--critic-input", "state", "--env-arg", "max_steps=20"]
+    subprocess.run([*command, "--out", "whole"], cwd=tmp_path, check=True, capture_output=True)
+    with subprocess.Popen(
+        [*command, "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL
+    ) as process:
+        records = tmp_path / "killed" / "records.sqlite-wal"
+        while process.poll() is None and not (records.exists() and records.stat().st_size > 80_000):
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert open_run(tmp_path / "killed").state == "stopped"
+    resume = [sys.executable, "-m", "gradlab", "train", "--resume", "--out", "killed"]
+    subprocess.run(resume, cwd=tmp_path, check=True, capture_output=True)
+    same_end(tmp_path / "whole", tmp_path / "killed")
+    # JaxMARL prints as it is imported; nothing of it is among what is asked for
+    asked = [sys.executable, "-m", "gradlab", "evaluate", "whole", "--episodes", "4"]
+    found = subprocess.run(
+        [*asked, "--format", "json"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert len(json.loads(found.stdout)["outcomes"]["win"]) == 4
+    assert not found.stderr
