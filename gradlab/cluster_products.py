@@ -4,7 +4,6 @@ A cluster is a group of environment copies. Samples of one copy depend on each o
 agents that act in it; different copies are independent, and so are clusters of them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,14 +46,14 @@ class ClusterProducts:
     @classmethod
     def of(
         cls,
-        products: Mapping[str, Products],
+        products: Products,
         layout: ParameterLayout,
         count: Int[Tensor, "agent cluster"] | None,
     ) -> "ClusterProducts":
         """Take products over from the engine.
 
         Args:
-            products: The products by parameter.
+            products: The products with a leading axis of parameters.
             layout: The parameters, in the same order.
             count: Number of samples of each agent in each cluster, which there must be.
 
@@ -62,10 +61,7 @@ class ClusterProducts:
             The products as arrays.
         """
         assert count is not None
-        by_layer = Products.by_layer(
-            ((layout.layer_of[name], p) for name, p in products.items()), layout.layers
-        )
-        within, across, following = (tensor.double().cpu().numpy() for tensor in by_layer)
+        within, across, following = (t.double().cpu().numpy() for t in products.by_layer(layout))
         return cls(
             layers=layout.layers,
             count=count.cpu().numpy(),

@@ -1,7 +1,7 @@
 r"""What agents make of gradients in theta-space: their contributions :math:`g_i = J_i^\top Z_i`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -67,7 +67,7 @@ def policy_parameters(generator: nn.Module, agents: int, *, graph: bool = False)
 
 
 def contributions(
-    generator: nn.Module, z: Theta, agents: int | None = None
+    generator: nn.Module, z: Theta, agents: Int[Tensor, " row"] | None = None
 ) -> dict[str, PerSample]:
     r"""Apply every agent's :math:`J_i^\top`, as the gradient of :math:`\theta_i \cdot Z_i`.
 
@@ -78,24 +78,25 @@ def contributions(
 
     Args:
         generator: As for `gradlab.decompose`.
-        z: Tensors [agent, ...] by name; or several of these, one after the other.
-        agents: Number of agents, if there are several.
+        z: Tensors [row, ...] by name.
+        agents: The agent of each row; by default one for each agent, in order.
 
     Returns:
         The products by trained parameter; of one "agent", whose samples are the rows of `z`.
     """
-    psi = {n: p.detach()[None] for n, p in generator.named_parameters() if p.requires_grad}
-    dtype = next(iter(psi.values())).dtype
-    z = {name: tensor.to(dtype) for name, tensor in z.items()}
+    psi = {n: p.detach() for n, p in generator.named_parameters() if p.requires_grad}
+    like = next(iter(psi.values()))
+    z = {name: tensor.to(like.dtype) for name, tensor in z.items()}
     rows = len(next(iter(z.values())))
-    numbers = agent_numbers(generator, agents or rows).repeat(rows // (agents or rows))
+    numbers = agent_numbers(generator, rows) if agents is None else agents
     found = (
         generator.pull_back(z, numbers)
         if isinstance(generator, PullsBack)
         else _by_engine(generator, psi, z, numbers)
     )
-    return {  # what no policy parameter is made of has no part in the gradient
-        name: found.get(name, Rows(tensor.new_zeros(()).expand(1, rows, *tensor.shape[1:])))
+    nothing = like.new_zeros(())  # what no policy parameter is made of has no part in the gradient
+    return {
+        name: found[name] if name in found else Rows(nothing.expand(1, rows, *tensor.shape))
         for name, tensor in psi.items()
     }
 
@@ -112,7 +113,8 @@ def _by_engine(
             (t.squeeze(0) * sample[f"z/{n}"]).sum() for n, t in theta.items()
         ]).sum()
 
-    return planned_gradients(product, psi, part, owner=generator, warn=False)
+    shared = {name: tensor[None] for name, tensor in psi.items()}
+    return planned_gradients(product, shared, part, owner=generator, warn=False)
 
 
 def agent_numbers(generator: nn.Module, agents: int) -> Int[Tensor, " agent"]:
@@ -134,7 +136,7 @@ def psi_products(
     of_theta: Mapping[str, Products],
     means: Mapping[str, PerSample],
     budget: int = DEFAULT_BUDGET,
-) -> dict[str, Products]:
+) -> Products:
     r"""Inner products between what the agents make of their sums over clusters.
 
     Where a linear layer reads a trained parameter, :math:`J_i^\top s_i^e` is an outer product of
@@ -151,7 +153,7 @@ def psi_products(
         budget: Bytes that what is kept for one stretch of clusters may take.
 
     Returns:
-        The products by trained parameter.
+        The products in float64, with a leading axis of trained parameters, in their order.
     """
     sums, agents = moments.by_copy(), len(moments.count)
     dtype = next(p.dtype for p in generator.parameters() if p.requires_grad)
@@ -162,25 +164,19 @@ def psi_products(
     # Sums that are kept as factors can only be formed in stretches of how they were added up.
     bound = next((s for s in sums.values() if isinstance(s, FactoredSums)), None)
     stretches = (bound or next(iter(sums.values()))).stretches(most)
-    found: dict[str, list[Products]] = {name: [] for name in means}
+    numbers, found = agent_numbers(generator, agents), list[Products]()
     last: dict[str, PerSample] = {}
     for clusters in stretches:
-        number = clusters.stop - clusters.start
-        z = {}
+        length = clusters.stop - clusters.start
+        z = {}  # by agent, then cluster
         for name, of_cluster in sums.items():
-            room = of_cluster.like.new_empty(agents, number, *of_cluster.shape)
-            z[name] = of_cluster.form(clusters, room).transpose(0, 1).flatten(0, 1).to(dtype)
-        pulled = contributions(generator, z, agents)
+            room = of_cluster.like.new_empty(agents, length, *of_cluster.shape)
+            z[name] = of_cluster.form(clusters, room).flatten(0, 1).to(dtype)
+        pulled = contributions(generator, z, numbers.repeat_interleave(length))
         known = _of_sums(z, of_theta, clusters)
-        for name, products in _products(pulled, whole, last, moments.count, known).items():
-            found[name].append(products)
-        last = {
-            name: rows.some(slice((number - 1) * agents, number * agents))
-            for name, rows in pulled.items()
-        }
-    return {
-        name: Products(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()
-    }
+        found.append(_products(pulled, whole, last, moments.count, known))
+        last = {name: rows.some(slice(length - 1, None, length)) for name, rows in pulled.items()}
+    return Products(*(torch.cat(kind, dim=1) for kind in zip(*found, strict=True)))
 
 
 _Place: TypeAlias = tuple[int, torch.Size, tuple[int, ...]]
@@ -209,8 +205,8 @@ def _products(
     last: Mapping[str, PerSample],
     count: Int[Tensor, " agent"],
     known: dict[_Place, Products],
-) -> dict[str, Products]:
-    """Products of rows [cluster * agent] by trained parameter.
+) -> Products:
+    """Products of rows [agent * cluster] by trained parameter.
 
     Vectors that parameters share are multiplied once, all of one length in one go.
 
@@ -222,9 +218,9 @@ def _products(
         known: Products of vectors by their place in memory.
 
     Returns:
-        The products in float64.
+        The products in float64, with a leading axis of parameters.
     """
-    agents, found = len(count), {}
+    agents, found = len(count), dict[str, Products]()
     factored: dict[str, _Place] = {}
     unknown: dict[int, dict[_Place, tuple[Tensor, ...]]] = {}  # by length
     for name, of_name in rows.items():
@@ -234,27 +230,65 @@ def _products(
             continue
         factored[name] = place = _place(vectors)
         if place not in known:
+            by_agent = vectors.unflatten(0, (agents, -1))
             before = _vectors_of(last[name]) if last else None
             # The vectors themselves are kept as well: no others may come to lie in their place.
             unknown.setdefault(vectors.shape[1], {})[place] = (
-                vectors,
+                by_agent,
                 mean,
-                vectors if before is None else torch.cat([before, vectors]),
+                by_agent if before is None else torch.cat([before[:, None], by_agent], dim=1),
             )
     for of_length in unknown.values():
-        vectors, mean, in_order = map(torch.stack, zip(*of_length.values(), strict=True))
-        by_cluster, chain = (v.unflatten(1, (-1, agents)) for v in (vectors, in_order))
+        vectors, mean, in_order = map(_stacked, zip(*of_length.values(), strict=True))
+        by_cluster, chain = (v.transpose(1, 2) for v in (vectors, in_order))
         within = (by_cluster @ by_cluster.mT).double()
         across = (by_cluster @ mean[:, None].mT).double() * count  # from means to sums
         following = (chain[:, :-1] @ chain[:, 1:].mT).double()
         for number, place in enumerate(of_length):
             known[place] = Products(within[number], across[number], following[number])
-    for name, place in factored.items():
-        scale = _scale_of(means[name])
-        found[name] = (
-            known[place] if scale is None else Products(*(p * scale for p in known[place]))
-        )
-    return found
+    found |= {name: known[place] for name, place in factored.items()}
+    one = torch.ones(agents, agents, dtype=torch.float64, device=count.device)
+    scales = torch.stack([
+        one if name not in factored else _scale_of(means[name], one) for name in rows
+    ])
+    stacked = Products.stacked(found[name] for name in rows)
+    return Products(*(kind * scales[:, None] for kind in stacked))
+
+
+def row_products(rows: Mapping[str, PerSample]) -> Float[Tensor, "parameter row row_other"]:
+    """Inner products between all rows, of one "agent", by trained parameter.
+
+    Args:
+        rows: What `contributions` returned.
+
+    Returns:
+        The products in float64, in the parameters' order; vectors that parameters share are
+        multiplied once, all of one length in one go.
+    """
+    found: dict[str, Tensor] = {}
+    by_length: dict[int, dict[_Place, Tensor]] = {}
+    places: dict[str, _Place] = {}
+    for name, part in rows.items():
+        vectors = _vectors_of(part)
+        if vectors is None:
+            found[name] = part.gram().double()
+        else:
+            places[name] = _place(vectors)
+            by_length.setdefault(vectors.shape[1], {})[places[name]] = vectors
+    known: dict[_Place, Tensor] = {}
+    for of_length in by_length.values():
+        vectors = _stacked(of_length.values())
+        known |= zip(of_length, (vectors @ vectors.mT).double(), strict=True)
+    for name, place in places.items():
+        found[name] = known[place]
+    one = torch.ones_like(next(iter(found.values())))
+    scales = [_scale_of(part, one) if name in places else one for name, part in rows.items()]
+    return torch.stack([found[name] for name in rows]) * torch.stack(scales)
+
+
+def _stacked(tensors: Collection[Tensor]) -> Tensor:
+    """Without a copy if there is only one, which may be large."""
+    return next(iter(tensors))[None] if len(tensors) == 1 else torch.stack([*tensors])
 
 
 def _of_forms(
@@ -263,7 +297,9 @@ def _of_forms(
     """The same of one parameter whose gradients are not a vector times what the agent reads."""
     agents = len(count)
     clusters = rows.samples // agents
-    by_cluster, following = rows.regrouped(clusters), []
+    order = torch.arange(rows.samples, device=count.device).view(agents, -1).mT.flatten()
+    rows, following = rows.some(order), []
+    by_cluster = rows.regrouped(clusters)
     if last is not None:
         following.append(last.inner(rows.some(slice(0, agents))))
     if clusters > 1:
@@ -291,12 +327,12 @@ def _vectors_of(part: PerSample) -> Float[Tensor, "row size"] | None:
     return None
 
 
-def _scale_of(part: PerSample) -> Float[Tensor, "agent agent"] | None:
+def _scale_of(part: PerSample, one: Float[Tensor, "agent agent"]) -> Float[Tensor, "agent agent"]:
     """By what the vectors' products are multiplied, for the agents are told apart by it alone."""
     if isinstance(part, Outer):
-        read = part.inputs[0, :, 0].double()
+        read = part.inputs[0, :, 0].to(one)
         return read @ read.mT
     if isinstance(part, Lookup):
         index = part.index[0, :, 0]
-        return (index[:, None] == index).double()
-    return None
+        return (index[:, None] == index).to(one)
+    return one

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from gradlab.cluster_products import CLUSTERS, ClusterProducts, pooled
 from gradlab.contributions import (
+    agent_numbers,
     contributions,
     policy_parameters,
     psi_products,
+    row_products,
 )
 from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
+from gradlab.engine.clusters import Products
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, batch_axes, in_precision
 from gradlab.engine.per_sample import PerSample, Rows
@@ -105,11 +108,11 @@ class Decomposition:
 
     @cached_property
     def _gram_psi(self) -> dict[str, Tensor]:
-        zero = self.moments.sum.new_zeros(self.agents, self.agents)
-        grams = {layer: zero.clone() for layer in self.psi_layout.layers}
-        for name, contribution in self.contributions.items():
-            grams[self.psi_layout.layer_of[name]] += contribution.gram()
-        return grams
+        layout = self.psi_layout
+        products = row_products(self.contributions)
+        grams = products.new_zeros(len(layout.layers), *products.shape[1:])
+        grams.index_add_(0, layout.layer_index.to(products.device), products)
+        return dict(zip(layout.layers, grams, strict=True))
 
 
 def decompose(
@@ -192,7 +195,7 @@ def decompose(
         # One backward pass for both: its cost is that of its many small operations.
         means = [side.moments.layout.unflatten(side.moments.mean) for side in sides]
         stacked = {n: torch.cat([z[n] for z in means]) for n in means[0]}
-        both = contributions(last, stacked, agents)
+        both = contributions(last, stacked, agent_numbers(last, agents).repeat(len(sides)))
         for number, side in enumerate(sides):
             of_side = slice(number * agents, (number + 1) * agents)
             side.pulled = {name: part.some(of_side) for name, part in both.items()}
@@ -210,7 +213,9 @@ def decompose(
         of_theta = moments.parameter_products()
         of_psi = psi_products(generator, moments, of_theta, pulled, budget)
         products = {
-            "theta": ClusterProducts.of(of_theta, moments.layout, moments.copy_count),
+            "theta": ClusterProducts.of(
+                Products.stacked(of_theta.values()), moments.layout, moments.copy_count
+            ),
             "psi": ClusterProducts.of(of_psi, layout, moments.copy_count),
         }
     return Decomposition(

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from gradlab.checks import check
 from gradlab.cluster_products import ClusterProducts
 from gradlab.engine.accumulate import DEFAULT_BUDGET, gradient_moments
+from gradlab.engine.clusters import Products
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, batch_axes
 from gradlab.engine.plan import plan_for
@@ -158,7 +159,9 @@ def factorise(
     if copy is not None:
         products = {
             "theta": ClusterProducts.of(
-                moments.parameter_products(), moments.layout, moments.copy_count
+                Products.stacked(moments.parameter_products().values()),
+                moments.layout,
+                moments.copy_count,
             ),
             "psi": _psi_products(both, psi_layout),
             "jacobian": _psi_products(factored, psi_layout),
@@ -234,7 +237,7 @@ def _of_theta(both: Moments, shapes: Mapping[str, torch.Size]) -> Moments:
 def _psi_products(moments: Moments, layout: ParameterLayout) -> ClusterProducts:
     """Products of what belongs to the trained parameters, which come first."""
     sums, totals = moments.by_copy(), layout.unflatten(moments.sum[:, : layout.size])
-    found = {name: sums[_PSI + name].products(totals[name]) for name in layout.shapes}
+    found = Products.stacked(sums[_PSI + name].products(totals[name]) for name in layout.shapes)
     return ClusterProducts.of(found, layout, moments.copy_count)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 WHOLE = "all"
@@ -71,6 +71,12 @@ class ParameterLayout:
     def layers(self) -> tuple[str, ...]:
         """Names of the layers, in order of first appearance."""
         return tuple(dict.fromkeys(self.layer_of.values()))
+
+    @property
+    def layer_index(self) -> Int[Tensor, " parameter"]:
+        """Each parameter's layer, by its number in `layers`."""
+        number = {layer: i for i, layer in enumerate(self.layers)}
+        return torch.tensor([number[self.layer_of[name]] for name in self.shapes])
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "*batch param"]:
         """Lay out named tensors.

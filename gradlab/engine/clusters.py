@@ -7,7 +7,7 @@ environment copies never takes more memory than the backward pass itself.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradlab.engine.per_sample import Outer, PerSample
+from gradlab.parameters import ParameterLayout
 
 _BLOCK = 4 * 2**20
 """Bytes of the clusters' gradients that are formed at once: what fits a processor's cache."""
@@ -72,22 +73,29 @@ class Products(NamedTuple):
     following: Tensor
 
     @classmethod
-    def by_layer(cls, found: Iterable[tuple[str, "Products"]], layers: Sequence[str]) -> "Products":
-        """Add up products of parameters.
+    def stacked(cls, of_parameters: Iterable["Products"]) -> "Products":
+        """Put products of parameters side by side.
 
         Args:
-            found: A layer, and the products of one of its parameters.
-            layers: All layers, each of which has a parameter.
+            of_parameters: The products of each.
 
         Returns:
-            Products with a leading axis of layers.
+            Products with a leading axis of parameters.
         """
-        sums: dict[str, Products] = {}
-        for layer, products in found:
-            if layer in sums:
-                products = cls(*(a + b for a, b in zip(sums[layer], products, strict=True)))
-            sums[layer] = products
-        return cls(*(torch.stack(parts) for parts in zip(*(sums[n] for n in layers), strict=True)))
+        return cls(*(torch.stack(kind) for kind in zip(*of_parameters, strict=True)))
+
+    def by_layer(self, layout: ParameterLayout) -> "Products":
+        """Add up the products of each layer's parameters.
+
+        Args:
+            layout: The parameters, in the order of the leading axis.
+
+        Returns:
+            Products with a leading axis of layers instead.
+        """
+        place = layout.layer_index.to(self.within.device)
+        shape = len(layout.layers)
+        return Products(*(t.new_zeros(shape, *t.shape[1:]).index_add_(0, place, t) for t in self))
 
 
 class ClusterSums(ABC):

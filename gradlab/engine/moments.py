@@ -74,9 +74,7 @@ class Moments:
         Raises:
             UsageError: If the gradients were not summed by copy.
         """
-        layer_of = self.layout.layer_of
-        found = self.parameter_products().items()
-        return Products.by_layer(((layer_of[n], p) for n, p in found), self.layout.layers)
+        return Products.stacked(self.parameter_products().values()).by_layer(self.layout)
 
     def parameter_products(self) -> dict[str, Products]:
         """The same by parameter.

@@ -37,14 +37,14 @@ class PerSample(ABC):
         """Bytes that are kept."""
 
     @abstractmethod
-    def some(self, samples: slice) -> "PerSample":
-        """The gradients of a stretch of every agent's samples.
+    def some(self, samples: slice | Int[Tensor, " sample"]) -> "PerSample":
+        """The gradients of some of every agent's samples.
 
         Args:
             samples: Which samples.
 
         Returns:
-            Gradients that share these ones' memory.
+            Gradients that share these ones' memory, if it is a slice.
         """
 
     @abstractmethod
@@ -198,7 +198,7 @@ class Rows(PerSample):
         """See `PerSample.nbytes`."""
         return _bytes(self.values)
 
-    def some(self, samples: slice) -> "Rows":
+    def some(self, samples: slice | Int[Tensor, " sample"]) -> "Rows":
         """See `PerSample.some`."""
         return Rows(self.values[:, samples])
 
@@ -286,7 +286,7 @@ class Outer(PerSample):
         """See `PerSample.nbytes`."""
         return _bytes(self.inputs) + _bytes(self.output_gradients)
 
-    def some(self, samples: slice) -> "Outer":
+    def some(self, samples: slice | Int[Tensor, " sample"]) -> "Outer":
         """See `PerSample.some`."""
         return Outer(self.inputs[:, samples], self.output_gradients[:, samples])
 
@@ -391,7 +391,7 @@ class Lookup(PerSample):
         """See `PerSample.nbytes`."""
         return _bytes(self.index) + _bytes(self.output_gradients)
 
-    def some(self, samples: slice) -> "Lookup":
+    def some(self, samples: slice | Int[Tensor, " sample"]) -> "Lookup":
         """See `PerSample.some`."""
         return Lookup(self.index[:, samples], self.output_gradients[:, samples], self.shape)
 

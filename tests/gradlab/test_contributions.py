@@ -62,8 +62,9 @@ def test_a_generators_own_rule_equals_the_engines(method, generator):
     }
     frozen = next(p for n, p in generator.named_parameters() if n.endswith("bias"))
     frozen.requires_grad_(False)
-    ours = contributions(generator, rows, AGENTS)
-    theirs = contributions(Plain(generator), rows, AGENTS)
+    agents = torch.arange(AGENTS).repeat(4)
+    ours = contributions(generator, rows, agents)
+    theirs = contributions(Plain(generator), rows, agents)
     assert {f"generator.{name}" for name in ours} == set(theirs)
     for name, part in ours.items():
         expected = theirs[f"generator.{name}"]

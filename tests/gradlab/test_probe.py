@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from cases import AGENTS, DECOUPLED, case
 from torch import nn
 
 from gradlab.decomposition import decompose
 from gradlab.probe import Network, Probe
+from gradlab.quantity import dataset
 
 
 def probe_of(method, level, *, dtype=torch.float32):
@@ -28,6 +30,41 @@ def test_probe_records_what_decompose_says(method, level):
     assert ("variance_within" in found) == (level == "full")
     assert set(probe.engines["actor"]) == set(d.theta_layout.shapes)
     assert probe.findings == []
+
+
+def labelled(found):
+    return dataset({n: q for n, q in found.items() if not n.startswith("embedding")})
+
+
+@pytest.mark.parametrize(
+    ("level", "methods"),
+    [
+        ("light", ("hypermarl", "fups-id")),
+        ("full", ("hypermarl", "fups-id")),
+        ("full", ("nops", "hypermarl-coupled")),
+    ],
+)
+def test_networks_side_by_side_are_as_each_alone(level, methods):
+    cases = {
+        "actor": case(methods[0], "ppo-continuous"),
+        "critic": case(methods[1], "value"),
+    }
+    networks = {
+        name: Network(generator=c.generator, surrogate=c.surrogate) for name, c in cases.items()
+    }
+    batches = {name: c.batch for name, c in cases.items()}
+    copy = torch.arange(10)
+    together = labelled(Probe(networks, level).diagnose(batches, copy))
+    assert together.network.values.tolist() == ["actor", "critic"]
+    for name, network in networks.items():
+        alone = labelled(Probe({name: network}, level).diagnose({name: batches[name]}, copy))
+        lacking = [layer for layer in together.layer.values if layer not in alone.layer.values]
+        for quantity, expected in alone.items():
+            found = together[quantity].sel(network=name)
+            if "layer" in found.dims:
+                assert np.isnan(found.sel(layer=lacking)).all()
+                found = found.sel(layer=alone.layer)
+            xr.testing.assert_allclose(found, expected.sel(network=name), rtol=1e-10, atol=1e-12)
 
 
 def test_probe_leaves_no_trace():

@@ -273,8 +273,13 @@ class HyperNetwork(Generator):
         held: Tensor = self.memory[name.replace(".", "/")]
         return held
 
+    def _part(self, name: str) -> nn.ModuleDict:
+        part = self.parts[name.replace(".", "/")]
+        assert isinstance(part, nn.ModuleDict)
+        return part
+
     def _head(self, name: str) -> nn.Linear:
-        head = self.get_submodule(_of_head(name))
+        head = self._part(name)["head"]
         assert isinstance(head, nn.Linear)
         return head
 
@@ -284,10 +289,9 @@ class HyperNetwork(Generator):
             return [("trunk", self.trunk, tuple(self.shapes))]
         found: list[tuple[str, nn.Sequential, tuple[str, ...]]] = []
         for name in self.shapes:
-            path = f"parts.{name.replace('.', '/')}.trunk"
-            trunk = self.get_submodule(path)
+            trunk = self._part(name)["trunk"]
             assert isinstance(trunk, nn.Sequential)
-            found.append((path, trunk, (name,)))
+            found.append((f"parts.{name.replace('.', '/')}.trunk", trunk, (name,)))
         return found
 
 
