@@ -10,6 +10,7 @@ With agent i's policy parameters made by a generator, :math:`\theta_i = h_\psi(i
 :math:`J_i` none.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -173,13 +174,13 @@ def decompose(
     agents, samples = batch_axes(batch)
     few = samples if check is None else min(check, samples)
     whole = Part(batch=batch, context=context or {}, mask=mask)
-    psi = {n: p.detach() for n, p in generator.named_parameters() if p.requires_grad}
+    last = precise or generator
+    psi = {n: p for n, p in last.named_parameters() if p.requires_grad}
     layout = ParameterLayout.of(psi, layer_of=getattr(generator, "layer_of", owning_module))
     cluster = None if copy is None else pooled(copy, clusters)
     settings: dict[str, Any] = {"copy": cluster, "coordinates": coordinates, "budget": budget}
     if not reads_observation(generator):
         settings["engine"] = engine
-    last = precise or generator
     first = whole if few == samples and precise is None else _first(whole, few, last)
     # Made once for all that needs them: a hypernetwork costs about as much as what it makes.
     theta = None
@@ -201,12 +202,12 @@ def decompose(
             side.pulled = {name: part.some(of_side) for name, part in both.items()}
     residual = float("nan")
     if few:
-        plain = (
-            _plain_gradient(last, surrogate, first)
+        opposite = (
+            _opposite_gradient(psi, last, surrogate, first)
             if theta is None
-            else _through_generator(last, theta, sides[-1].moments)
+            else _through_generator(psi, theta, sides[-1].moments)
         )
-        residual = _residual(sides[-1].pulled or {}, plain)
+        residual = _residual(sides[-1].pulled or {}, opposite)
     products = sides[0].products
     if copy is not None and not products:
         moments, pulled = sides[0].moments, sides[0].pulled or {}
@@ -267,41 +268,51 @@ def _first(part: Part, samples: int, generator: nn.Module) -> Part:
     return replace(part, batch=batch, context=context)
 
 
-def _plain_gradient(generator: nn.Module, surrogate: Surrogate, part: Part) -> dict[str, Tensor]:
-    """The gradient in the trained parameters by one ordinary backward pass."""
-    psi = {name: p for name, p in generator.named_parameters() if p.requires_grad}
+def _opposite_gradient(
+    psi: Mapping[str, Tensor], generator: nn.Module, surrogate: Surrogate, part: Part
+) -> dict[str, Tensor]:
+    """Minus the gradient in the trained parameters by one ordinary backward pass."""
     part = part.filled()
     weights = 1 / part.counts().clamp(min=1).to(next(iter(psi.values())).dtype)
     with torch.enable_grad(), explained():
         losses = sample_losses(generator, psi, surrogate, part)
-        total = (losses.sum(1) * weights[:, 0]).sum()
-        plain = torch.autograd.grad(total, list(psi.values()), materialize_grads=True)
-    return dict(zip(psi, plain, strict=True))
+        total = (losses.sum(1) * -weights[:, 0]).sum()
+        found = torch.autograd.grad(total, list(psi.values()), materialize_grads=True)
+    return dict(zip(psi, found, strict=True))
 
 
-def _through_generator(generator: nn.Module, theta: Theta, moments: Moments) -> dict[str, Tensor]:
+def _through_generator(
+    psi: Mapping[str, Tensor], theta: Theta, moments: Moments
+) -> dict[str, Tensor]:
     """The same, where the pass as far as the policy parameters was made with the moments."""
     assert moments.plain is not None
-    psi = {name: p for name, p in generator.named_parameters() if p.requires_grad}
-    mean = moments.layout.unflatten(moments.plain / moments.count.clamp(min=1)[:, None])
-    made = [tensor for tensor in theta.values() if tensor.requires_grad]
-    arrived = [
-        (mean[name] if len(tensor) > 1 else mean[name].sum(0, keepdim=True)).to(tensor.dtype)
-        for name, tensor in theta.items()
-        if tensor.requires_grad
+    arrived = moments.layout.unflatten(moments.plain / -moments.count.clamp(min=1)[:, None])
+    made = {name: tensor for name, tensor in theta.items() if tensor.requires_grad}
+    gradients = [
+        (arrived[name] if len(tensor) > 1 else arrived[name].sum(0, keepdim=True)).to(tensor.dtype)
+        for name, tensor in made.items()
     ]
     with explained():
-        plain = torch.autograd.grad(made, list(psi.values()), arrived, materialize_grads=True)
-    return dict(zip(psi, plain, strict=True))
+        found = torch.autograd.grad(
+            list(made.values()), list(psi.values()), gradients, materialize_grads=True
+        )
+    return dict(zip(psi, found, strict=True))
 
 
-def _residual(pulled: Mapping[str, PerSample], plain: Mapping[str, Tensor]) -> float:
-    """How far the parts' sum is from the plain gradient, over the latter's length."""
-    differences, sizes = [], []
-    for name, reference in plain.items():
-        sizes.append(torch.linalg.vector_norm(reference))
-        difference = reference.neg().contiguous()
-        pulled[name].add_sums(difference[None, None])  # of large psi no sum is formed beside it
-        differences.append(torch.linalg.vector_norm(difference))
-    distance, scale = (float(torch.stack(norms).norm()) for norms in (differences, sizes))
-    return distance / scale if scale > 0 else distance
+def _residual(pulled: Mapping[str, PerSample], opposite: Mapping[str, Tensor]) -> float:
+    """How far the parts' sum is from plain autograd's gradient, over the latter's length.
+
+    Minus the plain gradient is written over: psi may be large.
+    """
+    scale = torch.stack(torch._foreach_norm(list(opposite.values()))).norm()
+    held = Counter(tensor.untyped_storage().data_ptr() for tensor in opposite.values())
+    differences = []
+    for name, tensor in opposite.items():
+        alone = held[tensor.untyped_storage().data_ptr()] == 1  # autograd may hand one out twice
+        difference = (
+            tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
+        )
+        pulled[name].add_sums(difference[None, None])
+        differences.append(difference)
+    distance = torch.stack(torch._foreach_norm(differences)).norm()
+    return float(distance / scale if scale > 0 else distance)

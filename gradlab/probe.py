@@ -214,6 +214,7 @@ class PreciseCopy:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._copy: nn.Module | None = None
+        self._ours: list[Tensor] = []
 
     def refreshed(self) -> nn.Module:
         """Copy the module's present parameters and buffers.
@@ -223,9 +224,10 @@ class PreciseCopy:
         """
         if self._copy is None:
             self._copy = copy.deepcopy(self._module).double()
-        ours, theirs = ([*m.parameters(), *m.buffers()] for m in (self._copy, self._module))
+            self._ours = [*self._copy.parameters(), *self._copy.buffers()]
+        theirs = [*self._module.parameters(), *self._module.buffers()]
         with torch.no_grad():
-            torch._foreach_copy_(ours, theirs)
+            torch._foreach_copy_(self._ours, theirs)
         return self._copy
 
 

@@ -162,8 +162,7 @@ class ClusterSums(ABC):
         most = max(1, _BLOCK // max(1, size * agents * self.like.element_size()))
         room = self.like.new_empty(agents, most, *self.shape)
         totals = total.to(room.dtype).reshape(1, agents, size)
-        within, across = [], []
-        following = [self.like.new_empty(0, agents, agents, dtype=torch.float64)]
+        within, across, following = list[Tensor](), list[Tensor](), list[Tensor]()
         last: Tensor | None = None
         for clusters in self.stretches(most):
             sums = self.form(clusters, room)
@@ -175,7 +174,10 @@ class ClusterSums(ABC):
             if len(rows) > 1:
                 following.append(_inner_products(rows[:-1], rows[1:]))
             last = rows[-1:].clone()  # the next stretch is formed in the same memory
-        return Products(torch.cat(within), torch.cat(across), torch.cat(following))
+        following = following or [within[0][:0]]  # of a single cluster
+        return Products(
+            *(p[0] if len(p) == 1 else torch.cat(p) for p in (within, across, following))
+        )
 
     @property
     @abstractmethod
@@ -258,8 +260,9 @@ class FormedSums(ClusterSums):
 
     def total(self) -> Float[Tensor, " agent *shape"]:
         """See `ClusterSums.total`."""
-        total = self.values.new_zeros(len(self.values), *self.shape, dtype=torch.float64)
-        for some in self.values.split(64, dim=1):  # a float64 sum of all at once is far slower
+        first, *more = self.values.split(64, dim=1)  # a float64 sum of all at once is far slower
+        total: Tensor = first.sum(1).double()
+        for some in more:
             total += some.sum(1)
         return total
 
