@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documented import example
 from leaving_game import LeavingGame
 from pettingzoo.test import parallel_api_test
 from resuming import same_end
@@ -17,18 +18,7 @@ from gradlab.cli import run as main
 from gradlab.run import open_run
 from trainers.envs import make_env
 
-PAGE = Path(__file__).parents[2] / "docs" / "environments.md"
 OPTIONS = ["--copies", "4", "--steps", "40", "--every", "2", "--diagnostics", "light"]
-
-
-def example():
-    """The module that the page on environments shows."""
-    (found,) = [
-        block.partition("```")[0]
-        for block in PAGE.read_text().split("```python\n")
-        if "class Posts" in block
-    ]
-    return found
 
 
 @pytest.fixture
@@ -133,5 +123,6 @@ def test_error_in_a_step_ends_the_training_with_its_place(folder, capsys):
     assert counts in example()
     (folder / "posts.py").write_text(example().replace(counts, breaks))
     assert main(["train", "--env", "posts:Posts", *OPTIONS, "--frames", "960", "--out", "r"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    told, line = capsys.readouterr().err.splitlines()
+    assert "posts:Posts has no state to save; on resuming, the episodes under way" in told
     assert re.search(r"step of copy 0 raised ZeroDivisionError: .* \(posts.py, line \d+\)", line)

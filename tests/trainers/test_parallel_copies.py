@@ -172,6 +172,60 @@ def test_numbers_in_infos_are_measures_and_drawing_needs_the_render_mode():
     assert (drawing.render(0) == 2).all()
 
 
+class Turns(ParallelGame):
+    """Each agent may take another half of the actions at each step; b's has no mask."""
+
+    none_at = -1
+
+    def observation_space(self, agent):
+        found = super().observation_space(agent)
+        mask = spaces.MultiBinary(int(self.action_space(agent).n))
+        return found if agent == "b" else spaces.Dict(observation=found, action_mask=mask)
+
+    def _mask(self, agent):
+        numbers = np.arange(self.action_space(agent).n)
+        even = (numbers + self.time + AGENTS.index(agent)) % 2 == 0
+        return (even & (self.time != self.none_at)).astype(np.int8)
+
+    def _see(self, agents):
+        seen = super()._see(agents)
+        return {
+            agent: x if agent == "b" else {"observation": x, "action_mask": self._mask(agent)}
+            for agent, x in seen.items()
+        }
+
+
+def test_action_masks_are_those_of_the_step():
+    env = copies_of(lambda: Turns({2: {"a": "dead"}}), Turns)
+    assert env.reset()[:, :, 0].tolist() == [[0, 0], [1, 1], [2, 2]]
+    even, odd, everything = [True, False, True], [False, True, False], [True] * 3
+    random = torch.Generator().manual_seed(0)
+    for time in range(6):
+        mask = env.action_mask()
+        assert mask is not None
+        own = odd if time % 2 else even
+        assert mask[0].tolist() == [everything if time >= 2 else own, own]
+        assert mask[1].tolist() == [everything] * 2
+        assert mask[2].tolist() == [[*own[:2], False]] * 2
+        env.step(drawn(env, random))
+    assert env.action_mask()[0].tolist() == [even] * 2  # anew, with all agents
+    other = copies_of(lambda: Turns({2: {"a": "dead"}}), Turns)
+    play(env, 3)
+    other.load_state(*env.state())
+    assert torch.equal(env.action_mask(), other.action_mask())
+    stuck = copies_of(type("Stuck", (Turns,), {"none_at": 1}))
+    stuck.reset()
+    play(stuck, 1)
+    with pytest.raises(EnvironmentFailed, match="That of a in copy 0 leaves none"):
+        stuck.action_mask()
+    boxes = type("Boxes", (Turns,), {"_mask": lambda *_: np.ones(2)})
+    boxes.observation_space = lambda *_: spaces.Dict(
+        observation=spaces.Box(0, 1, (1,)), action_mask=spaces.MultiBinary(2)
+    )
+    with pytest.raises(UsageError, match="the actions of an `action_mask` must be Discrete"):
+        copies_of(lambda: boxes(box=True))
+
+
 class Broken(ParallelGame):
     """One thing is not as it must be."""
 

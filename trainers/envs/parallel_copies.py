@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from gradlab.checks import Failed, UsageError, check
@@ -29,10 +29,12 @@ ParallelEnv = Any  # by what it has, not by its class
 class ParallelCopies(VectorEnv):
     """Copies of an environment whose agents act at once, each copy an object of its own.
 
-    Observations are flattened `Box` spaces, float32. Every episode is begun with a seed of its own,
-    which follows from the seed given, the copy and the number of the episode. So an episode is
-    determined by its seed and its actions, as far as the environment goes by its seed, and that is
-    what is saved of it; resuming plays it again.
+    Observations are flattened `Box` spaces, float32; or a `Dict` of one and an `action_mask`, which
+    is PettingZoo's way to say which numbered actions are available.
+
+    Every episode is begun with a seed of its own, which follows from the seed given, the copy and
+    the number of the episode. So an episode is determined by its seed and its actions, as far as
+    the environment goes by its seed, and that is what is saved of it; resuming plays it again.
 
     An agent that is cut off while others go on has left like one that has died.
     """
@@ -86,9 +88,10 @@ class ParallelCopies(VectorEnv):
         with in_one_line(f"{name}: its spaces", UsageError):
             observed = [first.observation_space(agent) for agent in self._agents]
             acted = [first.action_space(agent) for agent in self._agents]
+        self._masked = [_is_masked(space) for space in observed]
         sizes = [
-            _observation_size(name, agent, space)
-            for agent, space in zip(self._agents, observed, strict=True)
+            _observation_size(name, agent, space["observation"] if masked else space)
+            for agent, space, masked in zip(self._agents, observed, self._masked, strict=True)
         ]
         own = [
             _own_space(name, agent, space) for agent, space in zip(self._agents, acted, strict=True)
@@ -112,6 +115,11 @@ class ParallelCopies(VectorEnv):
             action_sizes=if_they_differ(action_sizes),
             resuming=RESUMING,
         )
+        if any(self._masked) and not isinstance(action_space, Discrete):
+            raise UsageError(f"{name}: the actions of an `action_mask` must be Discrete.")
+        most = np.arange(max(action_sizes))
+        self._own_actions = most < np.array(action_sizes)[:, None]  # [agent, action]
+        self._available = np.repeat(self._own_actions[:, None], copies, axis=1)
         self._episode = np.full(copies, -1)
         self._taken: list[list[np.ndarray]] = [[] for _ in range(copies)]
         self._acting = np.ones((len(self._agents), copies), dtype=bool)
@@ -156,6 +164,22 @@ class ParallelCopies(VectorEnv):
             active=None if active.all() else torch.from_numpy(active),
             info={name: torch.from_numpy(values) for name, values in infos.items()},
         )
+
+    def action_mask(self) -> Bool[Tensor, "agent copy action"] | None:
+        """See `VectorEnv.action_mask`.
+
+        Raises:
+            EnvironmentFailed: If an agent has no action.
+        """
+        if not any(self._masked):
+            return super().action_mask()
+        if not self._available.any(-1).all():
+            agent, copy = np.argwhere(~self._available.any(-1))[0]
+            raise EnvironmentFailed(
+                f"{self.spec.name}: an `action_mask` must leave an action. That of "
+                f"{self._agents[agent]} in copy {copy} leaves none."
+            )
+        return torch.from_numpy(self._available.copy())
 
     def render(self, copy: int) -> UInt8[np.ndarray, "height width 3"]:
         """See `VectorEnv.render`."""
@@ -287,9 +311,16 @@ class ParallelCopies(VectorEnv):
     def _see(self, copy: int, observations: Mapping[Any, Any], needed: np.ndarray) -> None:
         """Put what agents see in its place, 0 of those that are not needed and not there."""
         self._observation[:, copy] = 0
+        self._available[:, copy] = self._own_actions
         for i, (agent, size) in enumerate(zip(self._agents, self._observation_sizes, strict=True)):
             if agent in observations:
-                seen = np.asarray(observations[agent])
+                seen = observations[agent]
+                if self._masked[i]:
+                    if needed[i]:
+                        own = self._available[i, copy, : self._action_sizes[i]]
+                        own[:] = np.asarray(seen["action_mask"], dtype=bool)
+                    seen = seen["observation"]
+                seen = np.asarray(seen)
                 if seen.size != size:
                     raise EnvironmentFailed(
                         f"{self.spec.name}: the observation of {agent} must have the {size} "
@@ -344,6 +375,13 @@ def in_one_line(what: str, kind: type[UsageError] | type[Failed]) -> Iterator[No
 def _kind(brought: object) -> str:
     length = f" of {len(brought)}" if isinstance(brought, tuple) else ""
     return f"a {type(brought).__name__}{length}"
+
+
+def _is_masked(space: Any) -> bool:  # noqa: ANN401
+    import gymnasium
+
+    parts = {"observation", "action_mask"}
+    return isinstance(space, gymnasium.spaces.Dict) and set(space.spaces) == parts
 
 
 def _observation_size(name: str, agent: object, space: Any) -> int:  # noqa: ANN401
