@@ -350,3 +350,23 @@ def test_killed_training_resumes_to_the_same_bits_from_the_command_line(tmp_path
     )
     assert len(json.loads(found.stdout)["outcomes"]["win"]) == 4
     assert not found.stderr
+
+
+@pytest.mark.slow
+def test_hypermarl_learns_to_fight_within_six_minutes(tmp_path):
+    """About a minute and a half on a quiet core, most of it training."""
+    command = [sys.executable, "-m", "gradlab", "train", "--method", "hypermarl", "--out", "r"]
+    command += ["--env", "smax/3m", "--copies", "32", "--steps", "64", "--frames", "120000"]
+    command += ["--every", "10", "--effects-every", "20"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=360)
+    run = open_run(tmp_path / "r")
+    returns, wins = run.quantity("episode_return"), run.quantity("outcome_rate").sel(outcome="win")
+    assert returns[-10:].mean() > 2 * returns[0]
+    assert wins[-10:].mean() > wins[:10].mean() + 0.03
+    residual = run.quantity("residual")
+    assert set(residual["network"].values) == {"actor", "critic"}
+    assert (residual < 1e-4).all()
+    assert "transference" in run.quantities
+    page = [sys.executable, "-m", "gradlab", "dashboard", "r", "--html", "r.html"]
+    subprocess.run(page, cwd=tmp_path, check=True, capture_output=True)
+    assert "smax/3m" in (tmp_path / "r.html").read_text()
