@@ -62,6 +62,7 @@ ROBOTS = {
     "walker2d": Robot("Walker2d", 6, ("2x3",)),
     "inverted_pendulum": Robot("InvertedPendulum", 1, ()),
     "inverted_double_pendulum": Robot("InvertedDoublePendulum", 1, ()),
+    "coupled_half_cheetah": Robot("CoupledHalfCheetah", 12, ("1p1",)),
     "manyagent_ant": Robot("ManySegmentAnt", None, ("2x3",)),
     "manyagent_swimmer": Robot("ManySegmentSwimmer", None, ("10x2",)),
 }

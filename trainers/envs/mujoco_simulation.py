@@ -4,20 +4,29 @@ import contextlib
 import inspect
 import json
 import mmap
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
 import mujoco
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
+from gymnasium.wrappers import TimeLimit
 from gymnasium_robotics.envs.multiagent_mujoco import many_segment_ant, many_segment_swimmer
+from gymnasium_robotics.envs.multiagent_mujoco.coupled_half_cheetah import CoupledHalfCheetahEnv
 from gymnasium_robotics.envs.multiagent_mujoco.mujoco_multi import MultiAgentMujocoEnv
-from gymnasium_robotics.envs.multiagent_mujoco.obsk import Node, build_obs, get_parts_and_edges
+from gymnasium_robotics.envs.multiagent_mujoco.obsk import (
+    Node,
+    build_obs,
+    get_joints_at_kdist,
+    get_parts_and_edges,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Answer = Any
@@ -27,11 +36,115 @@ _MANY_SEGMENTS = {
     "ManySegmentAnt": ("Ant", many_segment_ant),
     "ManySegmentSwimmer": ("Swimmer", many_segment_swimmer),
 }
+_COUPLED = "CoupledHalfCheetah"
 _SAVED = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
 class Refused(Exception):
     """What was asked for can't be made; says why."""
+
+
+class DenseTendons:
+    """A robot's data with Jacobians of its tendons as matrices, which MuJoCo 4 keeps sparse."""
+
+    def __init__(self, data: Any) -> None:  # noqa: ANN401 -- an MjData
+        """Stand before data.
+
+        Args:
+            data: The data.
+        """
+        self._data = data
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._data, name)
+
+    @property
+    def ten_J(self) -> Array:
+        """Jacobian of every tendon's length [tendon, velocity]."""
+        data, model = self._data, self._data.model
+        if data.ten_J.ndim == 2:
+            return np.asarray(data.ten_J)
+        dense = np.zeros((model.ntendon, model.nv))
+        rows = np.repeat(np.arange(model.ntendon), model.ten_J_rownnz)
+        dense[rows, model.ten_J_colind] = data.ten_J
+        return dense
+
+
+class CoupledHalfCheetah(CoupledHalfCheetahEnv):  # type: ignore[misc]
+    """gymnasium-robotics' own, which takes Jacobians of tendons for dense."""
+
+    def _get_obs(self) -> Array:
+        state: Array = CoupledHalfCheetahEnv._get_obs(SimpleNamespace(data=DenseTendons(self.data)))
+        return state
+
+
+class LocalObservations:
+    """What all agents see of a robot, one after the other, as gymnasium-robotics gathers it.
+
+    That goes through joints and bodies one by one, every time. What is copied from where, and cut
+    off at which bounds, is found by having it gather numbered data; from then on that is one
+    indexing. What is computed (sines of angles, distances) is gathered as ever.
+    """
+
+    _SOURCES = ("qpos", "qvel", "cinert", "cvel", "qfrc_actuator", "cfrc_ext")
+
+    def __init__(self, gather: Callable[[Any], Array], robot: Any) -> None:  # noqa: ANN401
+        """Find out.
+
+        Args:
+            gather: Gathers from an MjData.
+            robot: A robot that has moved.
+        """
+        self._gather = gather
+        data = mujoco.MjData(robot.model)
+        sizes = [getattr(data, name).size for name in self._SOURCES]
+        numbers = np.arange(1, sum(sizes) + 1) / (sum(sizes) + 1)  # within all bounds
+
+        def gathered(shift: float) -> Array:
+            for name, values in zip(
+                self._SOURCES, np.split(numbers + shift, np.cumsum(sizes)[:-1]), strict=True
+            ):
+                array = getattr(data, name)
+                array[:] = values.reshape(array.shape)
+            return gather(data)
+
+        seen, far = gathered(0), 1000.0  # beyond all bounds
+        found = np.searchsorted(numbers, seen).clip(0, len(numbers) - 1)
+        low, high = gathered(-far), gathered(far)
+        self._index = found
+        self._low = np.where(low == numbers[found] - far, -np.inf, low)
+        self._high = np.where(high == numbers[found] + far, np.inf, high)
+        self._bounded = bool(np.isfinite([self._low, self._high]).any())
+        self._copies = np.array_equal(numbers[found], seen) and np.array_equal(
+            self._indexed(self.sources(robot)), gather(robot.data)
+        )
+
+    def sources(self, robot: Any) -> list[Array]:  # noqa: ANN401
+        """Look up where a robot's data stands.
+
+        Args:
+            robot: The robot.
+
+        Returns:
+            Flat arrays that follow what happens to it.
+        """
+        return [getattr(robot.data, name).reshape(-1) for name in self._SOURCES]
+
+    def of(self, robot: Any, sources: Sequence[Array]) -> Array:  # noqa: ANN401
+        """Gather.
+
+        Args:
+            robot: A robot.
+            sources: Where its data stands.
+
+        Returns:
+            What the agents see of it.
+        """
+        return self._indexed(sources) if self._copies else self._gather(robot.data)
+
+    def _indexed(self, sources: Sequence[Array]) -> Array:
+        values: Array = np.concatenate(sources)[self._index]
+        return np.clip(values, self._low, self._high) if self._bounded else values
 
 
 class Simulation:
@@ -58,16 +171,22 @@ class Simulation:
         self._slice = slice(first, last)
         with tempfile.TemporaryDirectory() as folder:
             make = self._maker(Path(folder))
-            self._robots = [make().unwrapped for _ in range(first, last)]
-            self._parts, self._observe = self._partition(make)
-            robot = self._robots[0]
-            limit = settings["max_episode_steps"]
-            self._limit = limit or make().get_wrapper_attr("_max_episode_steps")
+            robots = [make() for _ in range(first, last)]
+            self._limit = settings["max_episode_steps"] or robots[0].get_wrapper_attr(
+                "_max_episode_steps"
+            )
+            self._robots = [robot.unwrapped for robot in robots]
+            self._agents, gather = self._partition()
+        robot = self._robots[0]
         robot.reset(seed=0)
-        observation, _, _, _, info = robot.step(np.zeros(robot.action_space.shape))
-        self._state_size = len(observation)
-        self._sizes = [len(seen) for seen in self._observe(robot)]
+        state, _, _, _, info = robot.step(np.zeros(robot.action_space.shape))
+        self._state_size = len(state)
         self._measures = [name for name, value in info.items() if np.isscalar(value)]
+        self._sizes = [len(seen) for seen in gather(robot.data)]
+        self._local: LocalObservations | None = None
+        if self._sizes:
+            self._local = LocalObservations(lambda data: np.concatenate(gather(data)), robot)
+            self._sources = [self._local.sources(robot) for robot in self._robots]
         for robot, seed in zip(self._robots, settings["seeds"][self._slice], strict=True):
             robot.np_random = gymnasium.utils.seeding.np_random(seed)[0]
         self._memory: dict[str, Array] = {}
@@ -80,7 +199,7 @@ class Simulation:
         """
         robot = self._robots[0]
         return {
-            "actuators": self._parts,  # those of each agent
+            "actuators": self._agents,  # those of each agent
             "low": float(robot.action_space.low.min()),
             "high": float(robot.action_space.high.max()),
             "state_size": self._state_size,
@@ -158,6 +277,8 @@ class Simulation:
             The picture's shape, and its bytes; or what is missing, and nothing.
         """
         robot = self._robots[copy - self._slice.start]
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # which needs no screen
         # A missing driver, library or display shows in as many ways as there are layers.
         try:
             frame = robot.mujoco_renderer.render("rgb_array")
@@ -173,15 +294,19 @@ class Simulation:
 
     def _show(self, copy: int, state: Array, moment: str = "") -> None:
         self._memory[f"{moment}state"][copy] = state
-        if seen := self._observe(self._robots[copy]):
-            self._memory[f"{moment}observation"][copy, :-1] = np.concatenate(seen)
+        if self._local is not None:
+            self._memory[f"{moment}observation"][copy, :-1] = self._local.of(
+                self._robots[copy], self._sources[copy]
+            )
 
     def _maker(self, folder: Path) -> Callable[[], Any]:
         """What makes one robot; files of its own go to a folder."""
         label, arguments = self._settings["label"], self._settings["robot"]
         form, segments = _MANY_SEGMENTS.get(label, (label, None))
-        creator = load_env_creator(str(gymnasium.spec(f"{form}-v5").entry_point))
-        known = set(inspect.signature(creator).parameters) - {"kwargs"}
+        known: set[str] = set()
+        if label != _COUPLED:
+            creator = load_env_creator(str(gymnasium.spec(f"{form}-v5").entry_point))
+            known |= set(inspect.signature(creator).parameters) - {"kwargs"}
         if segments is not None:
             # The name that gymnasium-robotics itself gives this file is the same in all processes.
             agents, _, each = self._settings["conf"].partition("x")
@@ -192,12 +317,12 @@ class Simulation:
         for name in self._settings["robot"]:
             if name not in known:
                 raise Refused("argument", name, sorted(known))
+        if label == _COUPLED:
+            return lambda: TimeLimit(CoupledHalfCheetah(), max_episode_steps=1000)
         return lambda: gymnasium.make(f"{form}-v5", disable_env_checker=True, **arguments)
 
-    def _partition(
-        self, make: Callable[[], Any]
-    ) -> tuple[list[list[int]], Callable[[Any], list[Array]]]:
-        """The actuators of each agent, and what each sees of a robot if not the whole state."""
+    def _partition(self) -> tuple[list[list[int]], Callable[[Any], list[Array]]]:
+        """The actuators of each agent, and what each sees of data if not the whole state."""
         settings = self._settings
         if settings["conf"] is None:
             actuators = [list(range(len(self._robots[0].data.ctrl)))]
@@ -215,27 +340,17 @@ class Simulation:
             actuators = [[joint.act_ids for joint in part] for part in parts]
         if settings["conf"] is None or settings["agent_obsk"] is None:
             return actuators, lambda _: []
-        factorised = MultiAgentMujocoEnv(
-            settings["label"],
-            settings["conf"],
-            agent_obsk=settings["agent_obsk"],
-            agent_factorization={"partition": parts, "edges": edges, "globals": shared},
-            local_categories=settings["local_categories"],
-            global_categories=settings["global_categories"],
-            gym_env=make(),
+        depth = settings["agent_obsk"]
+        nearest = [get_joints_at_kdist(part, edges, depth) for part in parts]
+        # The defaults are in a method, which only wants to know how deep to go.
+        categories = settings["local_categories"] or MultiAgentMujocoEnv._generate_local_categories(
+            SimpleNamespace(agent_obsk=depth), settings["label"]
         )
+        of_all = settings["global_categories"] or ("qpos", "qvel")
 
-        def local(robot: Any) -> list[Array]:  # noqa: ANN401 -- a MujocoEnv
-            return [
-                build_obs(
-                    robot.data,
-                    joints,
-                    factorised.local_categories,
-                    factorised.mujoco_globals,
-                    factorised.global_categories,
-                )
-                for joints in factorised.k_dicts
-            ]
+        def local(data: Any) -> list[Array]:  # noqa: ANN401 -- an MjData
+            readable = DenseTendons(data)
+            return [build_obs(readable, near, categories, shared, of_all) for near in nearest]
 
         return actuators, local
 

@@ -257,7 +257,9 @@ class VectorEnv(ABC):
             UsageError: If there is no drawing of this environment.
             RenderingFailed: If something is missing on this machine.
         """
-        raise UsageError(f"{self.spec.name} has no rendering. VMAS scenarios have.")
+        raise UsageError(
+            f"{self.spec.name} has no rendering. VMAS scenarios and MAMuJoCo robots have."
+        )
 
     def action_mask(self) -> Bool[Tensor, "agent copy action"] | None:
         """Say what the agents may do next, after a reset or step.
