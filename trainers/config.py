@@ -155,7 +155,7 @@ class TrainConfig(_Section):
     critic_input: Literal["observations", "state"] = Field(
         "observations",
         description="what mappo's critics read: observations, those of all agents; state: the "
-        "environment's own world state, if it has one (smax)",
+        "environment's own world state, if it has one (smax, mamujoco)",
     )
     env: str = Field("specialisation", description="environment")
     env_args: dict[str, JsonValue] = Field(
