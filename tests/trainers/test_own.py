@@ -18,7 +18,7 @@ from gradlab.cli import run as main
 from gradlab.run import open_run
 from trainers.envs import make_env
 
-OPTIONS = ["--copies", "4", "--steps", "40", "--every", "2", "--diagnostics", "light"]
+OPTIONS = ["--copies", "4", "--steps", "20", "--diagnostics", "off"]
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def test_own_environment_trains_resumes_and_is_evaluated_from_its_folder(folder,
     train = ["train", "--env", "mine.posts:Posts", *OPTIONS, "--env-arg", "length=6"]
     # the console script's path does not hold the current directory
     code = "import sys; from gradlab.__main__ import main; sys.path.remove(''); main()"
-    command = [sys.executable, "-c", code, *train, "--frames", "480", "--out", "parts"]
+    command = [sys.executable, "-c", code, *train, "--frames", "160", "--out", "parts"]
     subprocess.run(command, cwd=folder, capture_output=True, check=True)
-    assert main(["train", "--resume", "--frames", "960", "--out", "parts"]) == 0
-    assert main([*train, "--frames", "960", "--out", "whole"]) == 0
+    assert main(["train", "--resume", "--frames", "320", "--out", "parts"]) == 0
+    assert main([*train, "--frames", "320", "--out", "whole"]) == 0
     same_end(folder / "whole", folder / "parts")
     run = open_run(folder / "whole")
     assert run.info["environment"] == "mine.posts:Posts"
@@ -76,7 +76,7 @@ def test_function_with_copies_makes_a_vector_environment(folder):
     assert type(env).__name__ == LeavingGame.__name__
     assert (env.copies, env.random.initial_seed(), env.garbage) == (3, 7, 2.5)
     env.reset()
-    assert main(["train", "--env", "vector:make_env", *OPTIONS, "--frames", "320"]) == 0
+    assert main(["train", "--env", "vector:make_env", *OPTIONS, "--frames", "80"]) == 0
     with pytest.raises(UsageError, match=r"`agents` must be 3 in vector:make_env\. Got agents=2"):
         make_env("vector:make_env", copies=3, agents=2)
 
@@ -122,7 +122,7 @@ def test_error_in_a_step_ends_the_training_with_its_place(folder, capsys):
     counts, breaks = "self.time += 1\n", "self.time += 1 + 0 // (7 - self.time)\n"
     assert counts in example()
     (folder / "posts.py").write_text(example().replace(counts, breaks))
-    assert main(["train", "--env", "posts:Posts", *OPTIONS, "--frames", "960", "--out", "r"]) == 1
+    assert main(["train", "--env", "posts:Posts", *OPTIONS, "--frames", "320", "--out", "r"]) == 1
     told, line = capsys.readouterr().err.splitlines()
     assert "posts:Posts has no state to save; on resuming, the episodes under way" in told
     assert re.search(r"step of copy 0 raised ZeroDivisionError: .* \(posts.py, line \d+\)", line)

@@ -90,8 +90,18 @@ WARNS = pytest.mark.filterwarnings("ignore:Force limits not specified")
 
 
 @WARNS
-@pytest.mark.parametrize("actions", ["continuous", "numbered"])
-@pytest.mark.parametrize("scenario", scenarios("dispersion", "simple_world_comm", "joint_passage"))
+@pytest.mark.parametrize(
+    ("scenario", "actions"),
+    [
+        *(("dispersion", "continuous"), ("simple_world_comm", "numbered")),
+        ("joint_passage", "continuous"),
+        *(
+            pytest.param(name, actions, marks=pytest.mark.slow)
+            for name in scenario_files()
+            for actions in ("continuous", "numbered")
+        ),
+    ],
+)
 def test_every_scenario_trains_with_full_diagnostics(tmp_path, scenario, actions):
     config = TrainConfig.model_validate({
         "env": f"vmas/{scenario}",
