@@ -374,19 +374,23 @@ def test_without_opengl_what_to_install_is_said(monkeypatch):
     assert env.step(actions(env, 1)[0]).reward.isfinite().all()
 
 
+UPDATES = 40
 SETTINGS = {
     "method": "fups-id",
     "env": "mamujoco/halfcheetah-2x3",
     "env_args": {"max_episode_steps": 20, "workers": 2},
     "copies": 4,
-    "steps": 16,
-    "frames": 4 * 16 * 60,
+    "steps": 4,
+    "frames": 4 * 4 * UPDATES,
+    "ppo": {"epochs": 1, "minibatches": 1},
+    "network": {"hidden": [8]},
     "diagnostics": "off",
 }
 OPTIONS = [
     *("--method", "fups-id", "--env", "mamujoco/halfcheetah-2x3", "--copies", "4"),
     *("--env-arg", "max_episode_steps=20", "--env-arg", "workers=2", "--diagnostics", "off"),
-    *("--steps", "16", "--frames", str(4 * 16 * 60)),
+    *("--steps", "4", "--frames", str(4 * 4 * UPDATES), "--network.hidden", "8"),
+    *("--ppo.epochs", "1", "--ppo.minibatches", "1"),
 ]
 
 
@@ -420,7 +424,7 @@ def interrupted(folder, interrupt):
 
 
 def ends_as_the_whole(folder, whole):
-    assert len(open_run(folder / "r").quantity("frames")) < 60
+    assert len(open_run(folder / "r").quantity("frames")) < UPDATES
     assert train_run(TrainConfig.model_validate(SETTINGS), folder / "r", resume=True)
     same_end(whole, folder / "r")
 
