@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from gradlab.checks import UsageError, unknown_name
 from gradlab.run_writer import LOCK_FILE, RECORDS_FILE, RUN_FILE, SCHEMA, is_run
 
 _EMBEDDING = "embedding_"
+_LAST = 2**63 - 1  # the largest number that the store holds
 
 
 class _Quantity(NamedTuple):
@@ -24,6 +26,15 @@ class _Quantity(NamedTuple):
     dtype: np.dtype[Any]
     unit: str
     estimator: str
+
+    @property
+    def shape(self) -> list[int]:
+        return [len(self.coordinates[dim]) for dim in self.dims]
+
+    @property
+    def size(self) -> int:
+        """A whole record's bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def open_run(path: str | Path) -> "Run":
@@ -39,6 +50,13 @@ def open_run(path: str | Path) -> "Run":
         UsageError: If there is no run, or it was written by a newer gradlab.
     """
     return Run(Path(path))
+
+
+def _status(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except OSError:
+        return None
 
 
 class Run:
@@ -110,10 +128,13 @@ class Run:
 
     @property
     def state(self) -> str:
-        """One of "running", "done", "stopped" (it can be resumed), "failed", "unknown"."""
+        """One of "running", "done", "stopped", "died", "failed", "unknown".
+
+        One that was stopped, or whose process died before it could say so, can be resumed.
+        """
         state = str(self.info.get("state", "unknown"))
         if state == "running" and not self._is_locked():
-            return "stopped"
+            return "died"
         return state
 
     @property
@@ -121,32 +142,120 @@ class Run:
         """Names of the recorded quantities."""
         return tuple(self._quantities)
 
-    def quantity(self, name: str) -> xr.DataArray:
-        """Read one quantity over all updates at which it was recorded.
+    def axes(self, name: str) -> dict[str, list[Any]]:
+        """List a quantity's axes after `update` without reading a record of it.
 
         Args:
             name: One of `quantities`.
 
         Returns:
-            An array whose first axis is `update`; attributes give unit and estimator.
+            Labels by axis, in order.
 
         Raises:
             UsageError: If no such quantity is recorded.
         """
-        if name not in self._quantities:
-            raise unknown_name(f"quantity in {self.path}", name, self._quantities)
-        known = self._quantities[name]
-        shape = [len(known.coordinates[dim]) for dim in known.dims]
-        size = math.prod(shape) * known.dtype.itemsize
-        rows = [(update, data) for update, data in self._rows(name) if len(data) == size]
+        known = self._known(name)
+        return {dim: list(known.coordinates[dim]) for dim in known.dims}
+
+    def updates(self, name: str) -> list[int]:
+        """List the updates at which a quantity was recorded without reading its records.
+
+        Args:
+            name: One of `quantities`.
+
+        Returns:
+            Updates, ascending.
+
+        Raises:
+            UsageError: If no such quantity is recorded.
+        """
+        size = self._known(name).size
+        return [update for update, length, _ in self._rows(name, 0, 0) if length == size]
+
+    def quantity(
+        self,
+        name: str,
+        *,
+        since: int = 0,
+        until: int = _LAST,
+        where: Mapping[str, object] | None = None,
+    ) -> xr.DataArray:
+        """Read one quantity, over all updates at which it was recorded or some.
+
+        Args:
+            name: One of `quantities`.
+            since: The first update to read.
+            until: The last update to read.
+            where: A label for each axis to fix, e.g. {"layer": "all"}; of every record only the
+                bytes from the first to the last number that is asked for are taken.
+
+        Returns:
+            An array whose first axis is `update`, without the fixed axes; attributes give unit and
+            estimator.
+
+        Raises:
+            UsageError: If no such quantity is recorded, or it has no such axis or label.
+        """
+        known = self._known(name)
+        fixed = {dim: self._place(name, dim, label) for dim, label in (where or {}).items()}
+        cells = np.arange(known.size // known.dtype.itemsize).reshape(known.shape)
+        cells = cells[tuple(fixed.get(dim, slice(None)) for dim in known.dims)]
+        first, count = (int(cells.min()), int(np.ptp(cells)) + 1) if cells.size else (0, 0)
+        item = known.dtype.itemsize
+        rows = [
+            (update, data)
+            for update, length, data in self._rows(name, first * item, count * item, since, until)
+            if length == known.size
+        ]
         values = np.frombuffer(b"".join(data for _, data in rows), dtype=known.dtype)
+        values = values.reshape(len(rows), count)
+        if count != cells.size:
+            values = values[:, cells.ravel() - first]
+        kept = [dim for dim in known.dims if dim not in fixed]
         return xr.DataArray(
-            values.reshape([len(rows), *shape]),
-            dims=("update", *known.dims),
-            coords={"update": [update for update, _ in rows], **known.coordinates},
+            values.reshape(len(rows), *cells.shape),
+            dims=("update", *kept),
+            coords={
+                "update": [update for update, _ in rows],
+                **{dim: known.coordinates[dim] for dim in kept},
+            },
             name=name,
             attrs={"unit": known.unit, "estimator": known.estimator},
         )
+
+    def version(self) -> tuple[object, ...]:
+        """Tell whether the folder has changed since this run was opened, at next to no cost.
+
+        Returns:
+            What differs from an earlier call's answer once something was recorded or described,
+            the files were replaced, or the writer came or went.
+        """
+        stands: list[object] = [self.info.get("state") == "running" and self._is_locked()]
+        described, records = _status(self.path / RUN_FILE), _status(self.path / RECORDS_FILE)
+        if described is not None:
+            stands += [described.st_ino, described.st_mtime_ns, described.st_size]
+        # The records' time and size change when nothing is recorded, and don't when something is:
+        # the log holds that.
+        stands.append(None if records is None else records.st_ino)
+        if self._database is not None:
+            try:
+                stands += self._database.execute("PRAGMA data_version").fetchone()
+            except sqlite3.DatabaseError as error:
+                stands.append(str(error))
+        return tuple(stands)
+
+    def _known(self, name: str) -> _Quantity:
+        if name not in self._quantities:
+            raise unknown_name(f"quantity in {self.path}", name, self._quantities)
+        return self._quantities[name]
+
+    def _place(self, name: str, dim: str, label: object) -> int:
+        axes = self.axes(name)
+        if dim not in axes:
+            raise unknown_name(f"axis of {name}", dim, axes)
+        if label not in axes[dim]:
+            raise unknown_name(f"{dim} of {name}", label, map(str, axes[dim]))
+        return axes[dim].index(label)
 
     @cached_property
     def metrics(self) -> xr.Dataset:
@@ -253,14 +362,26 @@ class Run:
         page_size = 65536 if page_size == 1 else page_size
         return file.stat().st_size < page_size * int.from_bytes(header[28:32], "big")
 
-    def _rows(self, name: str) -> Iterator[tuple[int, bytes]]:
+    def _rows(
+        self, name: str, start: int, count: int, since: int = 0, until: int = _LAST
+    ) -> Iterator[tuple[int, int, bytes]]:
+        """For each update: its number, the whole record's bytes, and `count` bytes of it."""
         if self._salvaged is None and self._database is not None:
-            query = 'SELECT "update", array FROM record WHERE quantity = ? ORDER BY "update"'
+            query = (
+                'SELECT "update", length(array), substr(array, ?, ?) FROM record '
+                'WHERE quantity = ? AND "update" BETWEEN ? AND ? ORDER BY "update"'
+            )
             try:
-                return iter(self._database.execute(query, (name,)).fetchall())
+                found = self._database.execute(query, (start + 1, count, name, since, until))
+                return iter([row for row in found if isinstance(row[2], bytes)])
             except sqlite3.DatabaseError as error:
                 self._salvage(str(error))
-        return iter((self._salvaged or {}).get(name, {}).items())
+        whole = (self._salvaged or {}).get(name, {})
+        return (
+            (update, len(data), data[start : start + count])
+            for update, data in sorted(whole.items())
+            if since <= update <= until
+        )
 
     def _salvage(self, cause: str) -> None:
         """Read the records in the order they were written, up to the first that is damaged."""
@@ -289,6 +410,8 @@ class Run:
         )
 
     def _is_locked(self) -> bool:
+        if not (self.path / LOCK_FILE).exists():
+            return False  # to look must not make the file
         lock = FileLock(self.path / LOCK_FILE)
         try:
             with lock.acquire(timeout=0):

@@ -99,7 +99,8 @@ class RunWriter:
         self.notes: list[str] = []
         self._lock = FileLock(path / LOCK_FILE)
         try:
-            self._lock.acquire(timeout=0)
+            # A reader that looks whether somebody writes holds the lock for an instant.
+            self._lock.acquire(timeout=0.5, poll_interval=0.02)
         except Timeout:
             raise UsageError(
                 f"{path} is being written by another process. Wait for it, or choose another --out."

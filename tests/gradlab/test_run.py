@@ -27,6 +27,57 @@ def test_run_returns_what_was_written(tmp_path):
     assert run.metrics.sizes == {"update": 300, "a": 9, "b": 9}
 
 
+def test_a_part_of_a_quantity_is_that_part_of_the_whole(tmp_path):
+    labels = {"layer": ["a", "b"], "agent": [0, 1, 2], "other": [0, 1, 2]}
+    shape = (5, 2, 3, 3)
+    numbers = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    with RunWriter(tmp_path / "r") as writer:
+        for update, matrix in enumerate(numbers):
+            array = xr.DataArray(matrix, dims=tuple(labels), coords=labels)
+            writer.write(10 * update, {"matrix": array, "mean": xr.DataArray(matrix.mean())})
+    run = open_run(tmp_path / "r")
+    whole = run.quantity("matrix")
+    assert run.axes("matrix") == labels
+    assert run.updates("matrix") == whole["update"].values.tolist() == [0, 10, 20, 30, 40]
+    for where in ({}, {"other": 1}, {"layer": "b", "agent": 2}, {"layer": "a", "other": 0}):
+        part = run.quantity("matrix", since=10, until=35, where=where)
+        xr.testing.assert_identical(
+            part, whole.sel(update=slice(10, 35)).sel(where).drop_vars(where)
+        )
+    assert run.quantity("matrix", since=1, until=9).shape == (0, *shape[1:])
+    assert run.quantity("mean", since=40).values.tolist() == [numbers[-1].mean()]
+    with pytest.raises(UsageError, match="Unknown layer of matrix 'c'"):
+        run.quantity("matrix", where={"layer": "c"})
+    with pytest.raises(UsageError, match="Unknown axis of matrix 'space'"):
+        run.quantity("matrix", where={"space": "psi"})
+
+
+def test_a_run_that_is_written_tells_that_it_has_changed(tmp_path):
+    with RunWriter(tmp_path / "r") as writer:
+        writer.describe(state="running")
+        writer.write(0, {"loss": xr.DataArray(1.0)})
+        run = open_run(tmp_path / "r")
+        versions = [run.version()]
+        assert run.version() == versions[0]
+        writer.write(1, {"loss": xr.DataArray(0.5)})
+        versions.append(run.version())
+        assert run.version() == versions[1]
+        writer.describe(state="done")
+        versions.append(run.version())
+    versions.append(run.version())  # the writer has left
+    assert len(set(versions)) == 4
+
+
+def test_a_run_whose_writer_left_without_a_word_died(tmp_path):
+    with RunWriter(tmp_path / "r") as writer:
+        writer.describe(state="running")
+        assert open_run(tmp_path / "r").state == "running"
+    assert open_run(tmp_path / "r").state == "died"
+    (tmp_path / "r" / "lock").unlink()
+    assert open_run(tmp_path / "r").state == "died"
+    assert not (tmp_path / "r" / "lock").exists()
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_cut_off_records_show_what_is_whole_and_say_what_is_missing(tmp_path, share):
     file = record(tmp_path / "r") / "records.sqlite"

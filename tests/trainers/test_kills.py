@@ -72,7 +72,7 @@ def killed_again_and_again(processes, tmp_path, case, *, files, kills, seed, lon
         live(processes, settings, tmp_path / "killed", fatal, files)
         if is_run(tmp_path / "killed"):
             run = open_run(tmp_path / "killed")
-            assert run.state in {"stopped", "unknown"}  # unknown: not even run.json is there
+            assert run.state in {"died", "unknown"}  # unknown: not even run.json is there
             updates.append(len(run.quantity("frames")) if "frames" in run.quantities else 0)
     live(processes, settings, tmp_path / "killed", 0, files)
     same_end(tmp_path / "whole", tmp_path / "killed")

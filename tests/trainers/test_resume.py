@@ -93,7 +93,7 @@ def test_killed_run_resumes_to_the_same_bits_from_the_command_line(tmp_path):
         while process.poll() is None and not (records.exists() and records.stat().st_size > 80_000):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
-    assert open_run(tmp_path / "killed").state == "stopped"
+    assert open_run(tmp_path / "killed").state == "died"
     resume = [sys.executable, "-m", "gradlab", "train", "--resume", "--out", "killed"]
     subprocess.run(resume, cwd=tmp_path, check=True, capture_output=True)
     assert open_run(tmp_path / "killed").state == "done"
