@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import plotly.colors
 
-# Okabe and Ito, "Color Universal Design", 2008: told apart with every kind of colour blindness.
+# Okabe and Ito, "Color Universal Design", 2008: told apart with every kind of colour blindness;
+# grey for black, which is lost on a dark page.
 OKABE_ITO = (
     "#0072B2",
     "#E69F00",
@@ -12,18 +13,18 @@ OKABE_ITO = (
     "#D55E00",
     "#CC79A7",
     "#56B4E9",
-    "#000000",
-    "#F0E442",
+    "#7F7F7F",
+    "#C9B800",
 )
-# Tol, "Colour Schemes", 2021, vibrant and dark: runs must not look like agents.
+# Tol, "Colour Schemes", 2021, bright: runs must not look like agents.
 _RUNS = (
-    "#004488",
-    "#BB5566",
-    "#DDAA33",
+    "#4477AA",
+    "#EE6677",
     "#228833",
+    "#B59410",
     "#AA3377",
-    "#66CCEE",
-    "#555555",
+    "#33A5C6",
+    "#888888",
     "#EE7733",
 )
 _MANY: tuple[str, ...] = (
@@ -33,7 +34,7 @@ _MANY: tuple[str, ...] = (
 # Beyond eight, colours alone are not told apart safely: shapes change with every eighth agent.
 _SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 
-# Cosine: ColorBrewer's red-white-blue, red for conflict, safe for colour blindness.
+# ColorBrewer's red-white-blue, safe for colour blindness: for what has a zero, red for conflict.
 DIVERGING = (
     (0.0, "#b2182b"),
     (0.25, "#f08a6c"),
@@ -41,7 +42,10 @@ DIVERGING = (
     (0.75, "#6aaed6"),
     (1.0, "#2166ac"),
 )
-UNDEFINED = "#c9cdd2"
+# Nuñez, Anderton and Renslow, "cividis", 2018: perceptual, for what starts at zero.
+SEQUENTIAL = tuple((n / 9, colour) for n, colour in enumerate(plotly.colors.sequential.Cividis))
+UNDEFINED = "#a9b0b8"
+FADED = "rgba(226,229,233,0.7)"  # over the cells that noise leaves undecided
 
 
 @dataclass(frozen=True)

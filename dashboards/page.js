@@ -1,129 +1,435 @@
-// Lays the frames that fit the control bar's choices over each panel's figure.
+// Draws the panels that are in sight for what is chosen; one selection, kept in the address, moves all.
 "use strict";
 (function () {
   const page = JSON.parse(document.getElementById("page-data").textContent);
-  const slider = document.getElementById("update");
-  const output = document.getElementById("update-text");
-  const play = document.getElementById("play");
-  const selects = { network: document.getElementById("network"), layer: document.getElementById("layer") };
+  const root = document.documentElement;
+  const byId = (id) => document.getElementById(id);
+  const slider = byId("update");
+  const output = byId("update-text");
+  const play = byId("play");
+  const selects = Object.keys(page.words).filter((name) => byId(name) && byId(name).tagName === "SELECT");
   const config = {
     responsive: true,
     displaylogo: false,
-    modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d"],
-    toImageButtonOptions: { format: "svg" },
+    modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d", "toImage"],
   };
   const own = (object, key) => Object.prototype.hasOwnProperty.call(object, key);
   const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+  const options = (run) => page.options[own(page.options, run) ? run : page.defaults.run];
 
-  function choices() {
-    const at = page.slider[Number(slider.value)];
-    return { network: selects.network.value, layer: selects.layer.value, update: at ? at.update : null };
+  // ---- what is chosen ----
+  let chosen = { ...page.defaults };
+  let theme = null; // null: as the system
+
+  function allowed(name, value, run) {
+    if (name === "update") return /^[0-9]{1,11}$/.test(value);
+    const known = page.common[name] || options(run)[name];
+    return Array.isArray(known) && known.includes(value);
   }
 
-  // The newest update at or before the slider's, or the first one if all are later.
-  function nearest(updates, wanted) {
-    let found = updates[0];
-    for (const update of updates) {
-      if (update <= wanted) found = update;
+  function readAddress() {
+    const query = new URLSearchParams(location.hash.slice(1));
+    const next = { ...page.defaults };
+    if (allowed("run", query.get("run"))) next.run = query.get("run");
+    for (const [name, value] of query) {
+      if (own(next, name) && allowed(name, value, next.run)) next[name] = value;
     }
+    theme = ["light", "dark"].includes(query.get("theme")) ? query.get("theme") : null;
+    chosen = fitted(next);
+  }
+
+  // Another run may lack the layer or the agents that were chosen.
+  function fitted(next) {
+    for (const [name, known] of Object.entries(options(next.run))) {
+      if (!known.includes(next[name])) next[name] = known.includes(page.defaults[name]) ? page.defaults[name] : known[0];
+    }
+    return next;
+  }
+
+  let address = null;
+  function writeAddress() {
+    clearTimeout(address);
+    // Browsers limit how often an address may change.
+    address = setTimeout(() => {
+      const query = new URLSearchParams(Object.entries(chosen).filter(([, value]) => value !== ""));
+      if (theme) query.set("theme", theme);
+      try {
+        history.replaceState(null, "", `#${query}`);
+      } catch {
+        location.replace(`#${query}`);
+      }
+    }, 150);
+  }
+
+  function choose(changes) {
+    chosen = fitted({ ...chosen, ...changes });
+    showControls();
+    writeAddress();
+    schedule();
+  }
+
+  // ---- the control bar ----
+  function fill(select, name) {
+    const known = options(chosen.run)[name] || page.common[name];
+    const text = JSON.stringify([known, (page.labels[chosen.run] || {})[name]]);
+    if (select.dataset.known !== text) {
+      select.dataset.known = text;
+      select.replaceChildren(
+        ...known.map((value) => {
+          const option = document.createElement("option");
+          option.value = value;
+          const labels = (page.labels[chosen.run] || {})[name] || page.words[name] || {};
+          option.textContent = own(labels, value) ? labels[value] : value;
+          return option;
+        })
+      );
+    }
+    select.value = chosen[name];
+  }
+
+  function stopAt(update) {
+    let found = 0;
+    page.stops.forEach((stop, i) => {
+      if (stop.update <= update) found = i;
+    });
     return found;
   }
 
-  function keyOf(part, chosen) {
-    return part.depends
-      .map((name) => (name === "update" && part.updates.length ? nearest(part.updates, chosen.update) : chosen[name]))
-      .join("|");
+  function showControls() {
+    for (const name of selects) fill(byId(name), name);
+    const controls = page.tabs.find((tab) => tab.name === chosen.tab).controls;
+    for (const element of document.querySelectorAll("[data-choice]")) {
+      const name = element.dataset.choice;
+      const known = options(chosen.run)[name] || page.common[name] || [];
+      const few = name === "update" ? !page.stops.length : known.length < 2;
+      element.hidden = !controls.includes(name) || few;
+    }
+    if (page.stops.length) {
+      const place = stopAt(Number(chosen.update));
+      if (document.activeElement !== slider || Number(slider.value) !== place) slider.value = place;
+      output.textContent = page.stops[place].label;
+      slider.setAttribute("aria-valuetext", output.textContent);
+    }
+    for (const tab of page.tabs) {
+      const button = byId(`tab-${tab.name}`);
+      const open = tab.name === chosen.tab;
+      button.setAttribute("aria-selected", String(open));
+      button.tabIndex = open ? 0 : -1;
+      byId(`tabpanel-${tab.name}`).hidden = !open;
+    }
   }
 
-  function compose(panel, frames) {
-    const data = structuredClone(panel.data);
-    const layout = structuredClone(panel.layout);
-    for (const frame of frames) {
-      (frame.data || []).forEach((patch, i) => Object.assign(data[i], structuredClone(patch)));
+  // ---- frames ----
+  const loaded = new Map();
+  function load(id) {
+    if (!loaded.has(id)) {
+      const bytes = Uint8Array.from(atob(byId(id).textContent), (letter) => letter.charCodeAt(0));
+      const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+      const entry = { chunk: null };
+      entry.ready = new Response(stream).json().then((chunk) => (entry.chunk = chunk));
+      loaded.set(id, entry);
+    }
+    return loaded.get(id);
+  }
+
+  // The newest update at or before the chosen one, or the first one if all are later.
+  function nearest(updates, wanted) {
+    let low = 0;
+    let high = updates.length - 1;
+    while (low < high) {
+      const middle = (low + high + 1) >> 1;
+      if (updates[middle] <= wanted) low = middle;
+      else high = middle - 1;
+    }
+    return updates[low];
+  }
+
+  function pick(part, chunk) {
+    const values = { ...chosen };
+    if (part.symmetric && Number(values.agent) > Number(values.other)) {
+      [values.agent, values.other] = [values.other, values.agent];
+    }
+    const updates = chunk.updates || page.stops.map((stop) => stop.update);
+    let update = null;
+    if (part.depends.includes("update") && updates.length) {
+      update = nearest(updates, Number(chosen.update));
+      values.update = String(update);
+    }
+    const key = part.depends.filter((name) => name !== "run").map((name) => values[name]).join("\u001f");
+    const place = own(chunk.at, key) ? chunk.at[key] : -1;
+    return { place, update: chunk.updates ? update : null, frame: chunk.frames[place] };
+  }
+
+  function overlay(target, patch) {
+    for (const [name, value] of Object.entries(patch)) {
+      if (value === null) delete target[name];
+      else target[name] = structuredClone(value);
+    }
+  }
+
+  function compose(chunks, picked) {
+    const first = picked[0].frame;
+    if (!first) return null;
+    const whole = first.whole || chunks[0].base;
+    const data = structuredClone(whole.data);
+    const layout = structuredClone(whole.layout);
+    if (!first.whole) {
+      (first.data || []).forEach((patch, i) => overlay(data[i], patch));
+      overlay(layout, first.layout || {});
+    }
+    if (layout.meta && layout.meta.empty) return { data, layout };
+    for (const { frame } of picked.slice(1)) {
+      if (!frame) continue;
+      (frame.data || []).slice(0, data.length).forEach((patch, i) => Object.assign(data[i], structuredClone(patch)));
       for (const [name, value] of Object.entries(frame.layout || {})) {
-        const merge = isObject(value) && isObject(layout[name]);
-        layout[name] = merge ? { ...layout[name], ...structuredClone(value) } : structuredClone(value);
+        if (name === "shapes" || name === "annotations") layout[name] = [...(layout[name] || []), ...structuredClone(value)];
+        else if (isObject(value) && isObject(layout[name])) layout[name] = { ...layout[name], ...structuredClone(value) };
+        else layout[name] = structuredClone(value);
       }
     }
-    return [data, layout];
+    return { data, layout };
   }
 
-  function badge(panel, frames, chosen) {
-    const words = [];
-    const dated = panel.parts.find((part) => part.depends.includes("update") && !part.cursor);
-    let late = false;
-    if (dated && dated.updates.length) {
-      const update = nearest(dated.updates, chosen.update);
-      late = update !== chosen.update;
-      words.push(late ? `shows update ${update}: none recorded at ${chosen.update}` : `update ${update}`);
+  // ---- drawing ----
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const themed = () => theme || (system.matches ? "dark" : "light");
+  const seen = new Set();
+
+  function words(panel, figure, update) {
+    const said = [];
+    const late = update !== null && page.stops.length && update !== page.stops[stopAt(Number(chosen.update))].update;
+    if (update !== null) said.push(late ? `shows update ${update}: none recorded at ${chosen.update}` : `update ${update}`);
+    const meta = figure.layout.meta || {};
+    if (meta.note) said.push(meta.note);
+    const badge = byId(`${panel.id}-badge`);
+    badge.textContent = meta.empty ? "" : said.join(" · ");
+    badge.classList.toggle("late", Boolean(late));
+    byId(panel.id).setAttribute("aria-label", `${panel.title}. ${meta.alt || ""}`);
+  }
+
+  function figureOf(panel) {
+    const entries = panel.parts.map((part) => load(own(part.chunks, chosen.run) ? part.chunks[chosen.run] : part.chunks[""]));
+    const waiting = entries.filter((entry) => !entry.chunk).map((entry) => entry.ready);
+    if (waiting.length) return Promise.all(waiting).then(() => null);
+    const chunks = entries.map((entry) => entry.chunk);
+    const picked = panel.parts.map((part, i) => pick(part, chunks[i]));
+    const dated = picked.find((one) => one.update !== null);
+    return {
+      key: JSON.stringify([themed(), chosen.run, picked.map((one) => one.place)]),
+      update: dated ? dated.update : null,
+      compose: () => compose(chunks, picked),
+    };
+  }
+
+  function drawPanel(panel) {
+    const found = figureOf(panel);
+    if (found instanceof Promise) return found.then(() => drawPanel(panel));
+    const state = JSON.stringify([found.key, chosen.update]);
+    if (panel.state === state) return Promise.resolve();
+    panel.state = state;
+    if (panel.key !== found.key) {
+      panel.key = found.key;
+      panel.figure = found.compose();
+      if (!panel.figure) return Promise.resolve();
+      const layout = { ...panel.figure.layout, template: page.themes[themed()], uirevision: `${chosen.run}` };
+      return Promise.resolve(Plotly.react(panel.id, panel.figure.data, layout, config)).then(() => {
+        words(panel, panel.figure, found.update);
+        listen(panel);
+      });
     }
-    for (const frame of frames) if (frame.note) words.push(frame.note);
-    const element = document.getElementById(`${panel.id}-badge`);
-    element.textContent = words.join(" · ");
-    element.classList.toggle("late", late);
+    if (panel.figure) words(panel, panel.figure, found.update);
+    return Promise.resolve();
   }
 
-  function draw() {
-    const chosen = choices();
-    for (const panel of page.panels) {
-      const keys = panel.parts.map((part) => keyOf(part, chosen));
-      const state = JSON.stringify([keys, chosen.update]);
-      if (panel.state === state) continue;
-      const frames = panel.parts.map((part, i) => (own(part.frames, keys[i]) ? part.frames[keys[i]] : part.absent));
-      badge(panel, frames, chosen);
-      const drawn = JSON.stringify(keys);
-      if (panel.drawn !== drawn) {
-        const [data, layout] = compose(panel, frames);
-        Plotly.react(panel.id, data, layout, config);
+  function listen(panel) {
+    const element = byId(panel.id);
+    if (panel.listening) return;
+    panel.listening = true;
+    element.on("plotly_click", (event) => {
+      const click = (panel.figure.layout.meta || {}).click;
+      if (!click || !event.points.length) return;
+      const point = event.points[0];
+      const changes = {};
+      for (const [attribute, names] of Object.entries(click)) {
+        const values = [].concat(point[attribute]);
+        [].concat(names).forEach((name, i) => {
+          if (values[i] !== undefined && values[i] !== null && allowed(name, String(values[i]), chosen.run)) {
+            changes[name] = String(values[i]);
+          }
+        });
       }
-      panel.drawn = drawn;
-      panel.state = state;
-    }
-    const at = page.slider[Number(slider.value)];
-    output.textContent = at ? at.label : "";
-    slider.setAttribute("aria-valuetext", output.textContent);
+      if (changes.agent !== undefined && changes.agent === (changes.other || chosen.other)) {
+        // An agent has no pair with itself: its partner stays, or becomes the agent chosen before.
+        changes.other = chosen.other !== changes.agent ? chosen.other : chosen.agent;
+      }
+      choose(changes);
+    });
   }
 
   let waiting = false;
   function schedule() {
     if (waiting) return;
     waiting = true;
+    root.dataset.drawn = "no";
     requestAnimationFrame(() => {
       waiting = false;
       draw();
     });
   }
 
+  function draw(everything = false) {
+    const open = page.tabs.find((tab) => tab.name === chosen.tab).panels;
+    const now = page.panels.filter((panel) => open.includes(panel.id) && (everything || seen.has(panel.id)));
+    return Promise.all(now.map(drawPanel)).then(() => {
+      if (!waiting) root.dataset.drawn = "yes";
+      root.dataset.ready = "yes";
+    });
+  }
+
+  const observer = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) {
+        if (entry.isIntersecting) seen.add(entry.target.id);
+        else seen.delete(entry.target.id);
+      }
+      schedule();
+    },
+    { rootMargin: "120px" }
+  );
+
+  // ---- taking figures away ----
+  function cell(value) {
+    if (value === null || value === undefined) return "";
+    const text = String(value);
+    // A spreadsheet would take such a text for a formula.
+    const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) && !Number.isFinite(Number(text)) ? `'${text}` : text;
+    return /[",\n\r]/.test(safe) ? `"${safe.replace(/"/g, '""')}"` : safe;
+  }
+  const plain = (text) => {
+    const area = document.createElement("textarea");
+    area.innerHTML = String(text).replace(/<br>/g, " ");
+    return area.value;
+  };
+  function rows(figure) {
+    const table = [["trace", "x", "y", "z"]];
+    figure.data.forEach((trace, number) => {
+      const name = plain(trace.name || trace.type || number);
+      if (trace.hoverinfo === "skip") return;
+      if (trace.type === "heatmap") {
+        trace.z.forEach((row, i) => row.forEach((z, j) => table.push([name, (trace.x || [])[j], (trace.y || [])[i], z])));
+        return;
+      }
+      const x = trace.x || [];
+      const y = trace.y || [];
+      for (let i = 0; i < Math.max(x.length, y.length); i += 1) table.push([name, x[i], y[i], (trace.z || [])[i]]);
+    });
+    return table.map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
+  }
+  function save(name, text) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  }
+  function exportPanel(panel, format) {
+    if (!panel.figure) return;
+    const name = `gradlab-${panel.name}`;
+    if (format === "csv") {
+      save(`${name}.csv`, rows(panel.figure));
+      return;
+    }
+    const size = byId(panel.id).getBoundingClientRect();
+    const layout = { ...panel.figure.layout, template: page.themes.light };
+    // For paper, whatever the screen shows.
+    Plotly.downloadImage({ data: panel.figure.data, layout }, { format, width: Math.round(size.width), height: Math.round(size.height), scale: format === "png" ? 2 : 1, filename: name });
+  }
+
+  // ---- events ----
   let timer = null;
   function stop() {
     clearInterval(timer);
     timer = null;
     play.textContent = "Play";
   }
-  function toggle() {
+  function slide(place) {
+    slider.value = place;
+    choose({ update: String(page.stops[Number(slider.value)].update) });
+  }
+  play.addEventListener("click", () => {
     if (timer !== null) {
       stop();
       return;
     }
-    if (slider.value === slider.max) slider.value = 0;
+    if (slider.value === slider.max) slide(0);
     play.textContent = "Stop";
     timer = setInterval(() => {
       if (slider.value === slider.max) stop();
-      else slider.value = Number(slider.value) + 1;
-      schedule();
+      else slide(Number(slider.value) + 1);
     }, 500);
-    schedule();
-  }
-
+  });
   slider.addEventListener("input", () => {
     stop();
+    slide(slider.value);
+  });
+  for (const name of selects) byId(name).addEventListener("change", () => choose({ [name]: byId(name).value }));
+  document.querySelector(".tabs").addEventListener("click", (event) => {
+    const tab = event.target.closest("[role=tab]");
+    if (tab) choose({ tab: tab.dataset.tab });
+  });
+  document.querySelector(".tabs").addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const names = page.tabs.map((tab) => tab.name);
+    const next = names[(names.indexOf(chosen.tab) + step + names.length) % names.length];
+    choose({ tab: next });
+    byId(`tab-${next}`).focus();
+    event.preventDefault();
+  });
+  document.querySelector("main").addEventListener("click", (event) => {
+    const button = event.target.closest("[data-export]");
+    if (!button) return;
+    const panel = page.panels.find((one) => one.id === button.dataset.panel);
+    exportPanel(panel, button.dataset.export);
+  });
+  function showTheme() {
+    root.dataset.theme = themed();
+    byId("theme").textContent = themed() === "dark" ? "Light" : "Dark";
+  }
+  byId("theme").addEventListener("click", () => {
+    theme = themed() === "dark" ? "light" : "dark";
+    showTheme();
+    writeAddress();
     schedule();
   });
-  for (const select of Object.values(selects)) select.addEventListener("change", schedule);
-  play.addEventListener("click", toggle);
-  window.addEventListener("beforeprint", () => page.panels.forEach((panel) => Plotly.Plots.resize(panel.id)));
-  // A reload would otherwise bring back the choices of the last visit, but not the drawing.
-  slider.value = slider.max;
-  draw();
-  document.documentElement.dataset.ready = "yes";
+  system.addEventListener("change", () => {
+    showTheme();
+    schedule();
+  });
+  byId("copy").addEventListener("click", () => {
+    setTimeout(() => {
+      const said = navigator.clipboard ? navigator.clipboard.writeText(location.href) : Promise.reject(new Error("no clipboard"));
+      said.then(
+        () => (byId("copy").textContent = "Copied"),
+        () => (byId("copy").textContent = "See the address bar")
+      );
+      setTimeout(() => (byId("copy").textContent = "Copy link"), 2000);
+    }, 200);
+  });
+  addEventListener("hashchange", () => {
+    readAddress();
+    showTheme();
+    showControls();
+    schedule();
+  });
+  addEventListener("beforeprint", () => {
+    root.dataset.theme = "light";
+    draw(true);
+  });
+  addEventListener("afterprint", showTheme);
+
+  readAddress();
+  showTheme();
+  showControls();
+  document.querySelectorAll(".plot").forEach((plot) => observer.observe(plot));
 })();

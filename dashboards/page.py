@@ -3,20 +3,21 @@
 import base64
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from analyses.curves import frames_by_update
-from dashboards.colours import Mark, run_marks
-from dashboards.overview import cursor, learning_curves, overview_panels
-from dashboards.panel import Frame, Panel
-from dashboards.run_panels import RunPanels, run_panels
-from dashboards.run_table import distinct_names, problem_list, table_columns, table_rows
+from dashboards.frames import packed
+from dashboards.panel import Panel, Tab
+from dashboards.run_table import problem_list, table_columns, table_rows
+from dashboards.style import THEMES, template
+from dashboards.tables import Limits
 from dashboards.text import elide, for_html, json_island
-from gradlab.checks import check
+from dashboards.view import View
 from gradlab.run import Run
 from gradlab.run_writer import write_atomically
 
@@ -25,15 +26,25 @@ _LEAD = (
     "g is an agent's gradient with respect to the trained parameters, Z with respect to its "
     "policy's; g = JᵀZ, where J is the sharing scheme."
 )
-_SHAPES = {
-    "circle": '<circle cx="6" cy="6" r="5"/>',
-    "square": '<rect x="1.5" y="1.5" width="9" height="9"/>',
-    "diamond": '<path d="M6 0.5 11.5 6 6 11.5 0.5 6Z"/>',
-    "triangle-up": '<path d="M6 1 11.5 11H0.5Z"/>',
-    "cross": '<path d="M4 1h4v3h3v4H8v3H4V8H1V4h3Z"/>',
-    "star": '<path d="M6 .5 7.6 4.3 11.6 4.6 8.5 7.2 9.5 11 6 9 2.5 11 3.5 7.2 .4 4.6 4.4 4.3Z"/>',
+LIMITS = Limits(updates=40, cells=1_500_000, points=400, history=1_500_000)
+"""What fits into a page that is mailed; a thinned page says so."""
+COMMON = ("tab", "run", "order", "space", "quantity", "against")
+"""Choices that do not depend on the run."""
+WORDS: dict[str, dict[str, str]] = {
+    "run": {},
+    "network": {},
+    "layer": {"all": "all layers"},
+    "space": {"psi": "g: trained parameters ψ", "theta": "Z: policy parameters θ"},
+    "estimate": {},
+    "quantity": {},
+    "against": {},
+    "agent": {},
+    "other": {},
+    "order": {"number": "by number", "similarity": "by similarity"},
+    "colour": {"agent": "by agent"},
+    "perplexity": {},
 }
-_CHOICES = {"all": "all layers"}
+"""What the control bar calls what can be chosen, where it is not its name."""
 
 
 def write_page(runs: Sequence[Run], file: Path) -> None:
@@ -49,11 +60,12 @@ def write_page(runs: Sequence[Run], file: Path) -> None:
     write_atomically(file, page_html(runs).encode())
 
 
-def page_html(runs: Sequence[Run]) -> str:
+def page_html(runs: Sequence[Run], limits: Limits = LIMITS) -> str:
     """Make the page for some runs.
 
     Args:
         runs: At least one run.
+        limits: How much of a long run is drawn.
 
     Returns:
         The page's whole text, about 5 MB of which 4.8 MB are plotly.js.
@@ -61,25 +73,36 @@ def page_html(runs: Sequence[Run]) -> str:
     Raises:
         UsageError: If there is no run.
     """
-    check(len(runs) > 0, "runs", "name at least one run", len(runs))
-    names = distinct_names(runs)
-    marks = run_marks(names)
-    curves = learning_curves(runs)
-    sections = [run_panels(run) for run in runs]
-    slider = sorted({update for section in sections for update in section.drawn})
-    panels = overview_panels(runs, marks, curves, cursor(runs, [s.drawn for s in sections]))
-    overview = len(panels)
-    html = [_section("All runs" if len(runs) > 1 else "Over training", "", panels, 0)]
-    for mark, section in zip(marks, sections, strict=True):
-        html.append(_run_section(mark, section, len(panels)))
-        panels.extend(section.panels)
+    view = View(runs, limits)
+    chunks: list[str] = []
+    numbers = {panel.name: number for number, panel in enumerate(view.panels.values())}
+    panels = [
+        _panel_data(view, panel, numbers[panel.name], chunks) for panel in view.panels.values()
+    ]
+    defaults = {name: str(value) for name, value in asdict(view.defaults()).items()}
+    options = {name: view.options(name) for name in view.runs}
     data = {
-        "panels": [
-            _panel_data(panel, number, over_training=number < overview)
-            for number, panel in enumerate(panels)
+        "tabs": [
+            {
+                "name": tab.name,
+                "panels": [f"panel-{numbers[panel.name]}" for panel in tab.panels],
+                "controls": sorted(tab.controls),
+            }
+            for tab in view.tabs
         ],
-        "slider": _slider(slider, runs),
+        "panels": panels,
+        "defaults": defaults,
+        "common": {name: next(iter(options.values()))[name] for name in COMMON},
+        "options": {
+            run: {name: known for name, known in of.items() if name not in COMMON}
+            for run, of in options.items()
+        },
+        "labels": {name: labels(view, name) for name in view.runs},
+        "words": WORDS,
+        "stops": [{"update": stop, "label": view.label(stop)} for stop in view.stops()],
+        "themes": {theme: template(theme) for theme in THEMES},
     }
+    names = list(view.runs)
     plotly = _as_parsed(get_plotlyjs())
     script = _as_parsed(_resource("page.js"))
     return Template(_resource("page.html")).substitute(
@@ -87,52 +110,103 @@ def page_html(runs: Sequence[Run]) -> str:
         title=for_html(f"gradlab: {', '.join(elide(name) for name in names)}"),
         style=_resource("page.css"),
         lead=for_html(_LEAD),
+        count=f"{len(names)} run{'s' * (len(names) != 1)}",
         columns=table_columns(),
-        rows=table_rows(runs, marks, curves),
-        hidden="" if slider else " hidden",
-        networks=_options(_choices(panels, "network")),
-        layers=_options(_choices(panels, "layer")),
-        last=max(len(slider) - 1, 0),
-        sections="\n".join(html),
+        rows=table_rows(view.runs),
+        tabs="\n".join(_tab_button(tab) for tab in view.tabs),
+        last=max(len(data["stops"]) - 1, 0),
+        sections="\n".join(_section(view, tab, numbers) for tab in view.tabs),
         footer="Made by gradlab. This file is complete in itself and asks for nothing else.",
         # Reading finds damage, so this comes after all else.
-        problems=problem_list(runs, marks),
+        problems=problem_list(view.runs),
         data=json_island(data),
+        chunks="\n".join(
+            f'<script type="text/plain" id="chunk-{number}">{chunk}</script>'
+            for number, chunk in enumerate(chunks)
+        ),
         plotly=plotly,
         script=script,
     )
 
 
-def _run_section(mark: Mark, section: RunPanels, first: int) -> str:
-    agents = "".join(
-        f'<li><svg width="12" height="12" viewBox="0 0 12 12" fill="{agent.colour}" '
-        f'stroke="#00000055" aria-hidden="true">{_SHAPES[agent.shape]}</svg>'
-        f"<b>{number}</b>{for_html(elide(agent.label, 60))}</li>"
-        for number, agent in enumerate(section.agents)
-    )
-    legend = f'<ul class="agents" aria-label="Agents">{agents}</ul>' if agents else ""
-    kept, recorded = len(section.drawn), section.recorded
-    thinned = (
-        f'<p class="note">{kept} of {recorded} recorded updates are drawn below, evenly spaced, '
-        "with the first and the last; the run folder holds them all.</p>"
-        if kept < recorded
-        else ""
-    )
-    title = f'<span class="swatch" style="background:{mark.colour}"></span>{for_html(mark.label)}'
-    return _section(title, legend + thinned, section.panels, first)
+def labels(view: View, run: str) -> dict[str, dict[str, str]]:
+    """Say what the control bar calls a run's agents and perplexities.
+
+    Args:
+        view: What can be chosen.
+        run: A run's name.
+
+    Returns:
+        Plain text by choice and value.
+    """
+    of = view.runs[run]
+    agents = {
+        str(number): str(number)
+        if elide(mark.label) in {str(number), f"agent {number}", f"agent_{number}"}
+        else f"{number}: {elide(mark.label)}"
+        for number, mark in enumerate(of.agents)
+    }
+    return {
+        "agent": agents,
+        "other": agents,
+        "colour": {c: f"by {c}" for c in view.options(run)["colour"]},
+    }
 
 
-def _section(title: str, intro: str, panels: Sequence[Panel], first: int) -> str:
-    cards = "\n".join(_card(panel, first + number) for number, panel in enumerate(panels))
-    return f'<section>\n<h2>{title}</h2>\n{intro}\n<div class="grid">\n{cards}\n</div>\n</section>'
+def thinning(view: View) -> str:
+    """Say what is left out.
+
+    Args:
+        view: What is shown.
+
+    Returns:
+        A sentence; nothing if all updates are shown.
+    """
+    said = []
+    for name, of in view.runs.items():
+        if len(of.stops) < len(of.recorded):
+            said.append(f"{len(of.stops)} of {len(of.recorded):,} of {elide(name)}")
+    if not said:
+        return ""
+    more = f" and {len(said) - 6} more runs" if len(said) > 6 else ""
+    return (
+        f"The slider stops at {', '.join(said[:6])}{more} diagnosed updates, evenly spaced, with "
+        "the first and the last; lines have more points. The run folder holds them all."
+    )
+
+
+def _tab_button(tab: Tab) -> str:
+    return (
+        f'<button type="button" role="tab" id="tab-{tab.name}" data-tab="{tab.name}" '
+        f'aria-controls="tabpanel-{tab.name}">{for_html(tab.title)}</button>'
+    )
+
+
+def _section(view: View, tab: Tab, numbers: dict[str, int]) -> str:
+    cards = "\n".join(_card(panel, numbers[panel.name]) for panel in tab.panels)
+    note = thinning(view) if "update" in tab.controls else ""
+    thinned = f'<p class="note">{for_html(note)}</p>' if note else ""
+    return (
+        f'<section id="tabpanel-{tab.name}" role="tabpanel" '
+        f'aria-labelledby="tab-{tab.name}" hidden>\n'
+        f'<p class="note">{for_html(tab.lead)}</p>{thinned}\n'
+        f'<div class="grid">\n{cards}\n</div>\n</section>'
+    )
 
 
 def _card(panel: Panel, number: int) -> str:
     definition = for_html(panel.definition)
     caption = f"<figcaption>{definition}</figcaption>" if definition else ""
+    exports = "".join(
+        f'<button type="button" data-export="{form}" data-panel="panel-{number}" '
+        f'aria-label="Save {for_html(panel.title)} as {form.upper()}">{form.upper()}</button>'
+        for form in ("svg", "png", "csv")
+    )
+    wide = " wide" if panel.wide else ""
     return (
-        f'<figure class="panel"><header><h3>{for_html(panel.title)}</h3>'
-        f'<span class="badge" id="panel-{number}-badge"></span></header>'
+        f'<figure class="panel{wide}"><header><h3>{for_html(panel.title)}</h3>'
+        f'<span class="badge" id="panel-{number}-badge"></span>'
+        f'<span class="exports">{exports}</span></header>'
         f'<p class="reading">{for_html(panel.reading)}</p>'
         f'<div class="plot" id="panel-{number}" style="height:{panel.height}px" role="img" '
         f'aria-label="{for_html(panel.title)}"></div>'
@@ -140,59 +214,15 @@ def _card(panel: Panel, number: int) -> str:
     )
 
 
-def _panel_data(panel: Panel, number: int, *, over_training: bool) -> dict[str, object]:
-    figure = panel.figure.to_plotly_json()
-    return {
-        "id": f"panel-{number}",
-        "data": figure["data"],
-        "layout": figure["layout"],
-        "parts": [
-            {
-                "depends": list(part.depends),
-                "updates": list(part.updates),
-                "cursor": over_training,
-                "frames": {key: _frame_data(frame) for key, frame in part.frames.items()},
-                "absent": _frame_data(part.absent),
-            }
-            for part in panel.parts
-        ],
-    }
-
-
-def _frame_data(frame: Frame) -> dict[str, object]:
-    fields = {"data": list(frame.data), "layout": dict(frame.layout), "note": frame.note}
-    return {name: value for name, value in fields.items() if value}
-
-
-def _slider(updates: Sequence[int], runs: Sequence[Run]) -> list[dict[str, object]]:
-    frames = [frames_by_update(run).dropna() for run in runs]
-    stops: list[dict[str, object]] = []
-    for update in updates:
-        known = sorted({int(found[update]) for found in frames if update in found.index})
-        label = f"update {update} of {updates[-1]}"
-        if known:
-            span = f"{known[0]:,}" if len(known) == 1 else f"{known[0]:,} to {known[-1]:,}"
-            label += f" · {span} frames"
-        stops.append({"update": update, "label": label})
-    return stops
-
-
-def _choices(panels: Iterable[Panel], name: str) -> list[str]:
-    """Collect what a choice can be, in the order of recording."""
-    found: dict[str, None] = {}
-    for panel in panels:
-        for part in panel.parts:
-            if name in part.depends:
-                place = part.depends.index(name)
-                found |= {key.split("|")[place]: None for key in part.frames}
-    return list(found)
-
-
-def _options(labels: Iterable[str]) -> str:
-    return "".join(
-        f'<option value="{for_html(label)}">{for_html(_CHOICES.get(label, label))}</option>'
-        for label in labels
-    )
+def _panel_data(view: View, panel: Panel, number: int, chunks: list[str]) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [
+        {"depends": list(part.depends), "symmetric": part.symmetric, "chunks": {}}
+        for part in panel.parts
+    ]
+    for part, run, chunk in packed(view, panel):
+        parts[part]["chunks"][run] = f"chunk-{len(chunks)}"
+        chunks.append(chunk)
+    return {"id": f"panel-{number}", "name": panel.name, "title": panel.title, "parts": parts}
 
 
 def _resource(name: str) -> str:

@@ -1,54 +1,60 @@
-"""A panel: a figure, and what of it changes with the choices in the page's control bar."""
+"""A panel: what it says, and how its figure follows from what was chosen."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, SupportsFloat
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 
-from dashboards.text import lines_for_plotly
+from dashboards.choices import Choices
+from dashboards.style import template
 
-Patch = dict[str, object]
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-GRID = "#e6e9ed"
-_INK = "#28313b"
+Figure = dict[str, Any]
+"""A figure in plotly's JSON, {"data": [trace, ...], "layout": {...}}, or what changes in one.
 
+`layout.meta` may hold: `note`, a few words for the panel's corner; `alt`, what is seen in a
+sentence; `click`, for an attribute of a clicked point the name of the choice that it holds (or
+names, if it holds a list); `empty`, that there is nothing to draw.
+"""
 
-class Frame(NamedTuple):
-    """What replaces parts of a figure.
-
-    Attributes:
-        data: One patch for each trace; its entries replace the trace's.
-        layout: Entries that replace the layout's, or are merged into them if both are objects.
-        note: A few words for the panel's badge, e.g. "perplexity 2.33".
-    """
-
-    data: Sequence[Patch] = ()
-    layout: Mapping[str, object] = {}
-    note: str = ""
-
-
-NOTHING = Frame()
+_JOINED = ("shapes", "annotations")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Frames by the choices they depend on.
+    """A part of a figure that depends on some of the choices only.
 
     Attributes:
-        depends: Some of "network", "layer", "update".
-        frames: By the values of `depends`, in that order, joined by "|".
-        absent: Takes the place of a frame that there is none of.
-        updates: The updates with frames, if `depends` has "update"; the nearest earlier one is
-            shown.
+        depends: Names of the choices that `draw` reads.
+        draw: Makes the part. A panel's first part is a whole figure; a later one is laid over it:
+            its traces' entries replace those of the trace in the same place, its layout's entries
+            replace the layout's, are merged into them if both are objects, and joined to them if
+            they are shapes or annotations.
+        updates: For some choices the updates at which there is something to draw, ascending; the
+            newest up to the chosen one is drawn, or the first. None: `draw` is asked for any.
+        symmetric: Whether the chosen pair's two agents may be swapped; `draw` gets the smaller
+            number as `agent`.
     """
 
     depends: tuple[str, ...]
-    frames: Mapping[str, Frame]
-    absent: Frame = NOTHING
-    updates: Sequence[int] = ()
+    draw: Callable[[Choices], Figure]
+    updates: Callable[[Choices], Sequence[int]] | None = None
+    symmetric: bool = False
+
+    def at(self, choices: Choices) -> Choices:
+        """Choose an update at which there is something to draw.
+
+        Args:
+            choices: What was chosen.
+
+        Returns:
+            The same, with the update that is drawn.
+        """
+        if self.symmetric and choices.agent > choices.other:
+            choices = choices.with_(agent=choices.other, other=choices.agent)
+        known = self.updates(choices) if self.updates else ()
+        return choices.with_(update=earlier(known, choices.update)) if len(known) else choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,182 +62,132 @@ class Panel:
     """One figure with its words.
 
     Attributes:
+        name: Short and unique, for file names and addresses.
         title: Plain text.
         reading: How to read it, in one plain sentence.
         definition: What exactly is drawn.
-        figure: What does not change.
-        parts: What does; later ones are laid over earlier ones.
+        parts: What is drawn; later ones are laid over the first.
         height: In CSS pixels.
+        wide: Whether it takes the whole width.
     """
 
+    name: str
     title: str
     reading: str
     definition: str
-    figure: go.Figure
-    parts: Sequence[Part] = field(default=())
+    parts: Sequence[Part]
     height: int = 380
+    wide: bool = False
+
+    def draw(self, choices: Choices) -> Figure:
+        """Draw the figure.
+
+        Args:
+            choices: What to show.
+
+        Returns:
+            The figure, whose `layout.meta.update` is the update that is drawn if that was not
+            left open.
+        """
+        return compose([part.draw(part.at(choices)) for part in self.parts], self.drawn(choices))
+
+    def drawn(self, choices: Choices) -> int | None:
+        """Say which update is drawn.
+
+        Args:
+            choices: What to show.
+
+        Returns:
+            The update; None if the panel does not show a single one.
+        """
+        dated = [part for part in self.parts if part.updates and "update" in part.depends]
+        return dated[0].at(choices).update if dated and dated[0].updates(choices) else None  # type: ignore[misc]
+
+    def figure(self, choices: Choices, theme: str = "light") -> go.Figure:
+        """Draw the figure as an object, for notebooks.
+
+        Args:
+            choices: What to show.
+            theme: "light" or "dark".
+
+        Returns:
+            The figure.
+        """
+        drawn = self.draw(choices)
+        layout = {
+            "template": template(theme),
+            "title": {"text": self.title, "font": {"size": 15}},
+            "height": self.height + 40,
+            **drawn["layout"],
+        }
+        layout["margin"] = {"t": 60} | layout.get("margin", {}) | {"t": 60}
+        return go.Figure({"data": drawn["data"], "layout": layout})
 
 
-def empty_figure(traces: Iterable[object] = (), **layout: object) -> go.Figure:
-    """Start a figure in the page's style.
+@dataclass(frozen=True, kw_only=True)
+class Tab:
+    """Panels that answer one question.
 
-    Args:
-        traces: Its traces.
-        **layout: Entries of the layout that replace the style's.
-
-    Returns:
-        The figure.
-    """
-    axis = {
-        "gridcolor": GRID,
-        "zeroline": False,
-        "linecolor": "#b8bfc7",
-        "showline": True,
-        "ticks": "outside",
-        "tickcolor": "#b8bfc7",
-        "ticklen": 4,
-        "automargin": True,
-        "title": {"font": {"size": 13}, "standoff": 10},
-    }
-    style: dict[str, object] = {
-        "template": {"layout": {"xaxis": axis, "yaxis": axis}},
-        "font": {"family": _FONT, "size": 13, "color": _INK},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "#ffffff",
-        "margin": {"l": 56, "r": 16, "t": 12, "b": 48},
-        "hoverlabel": {"font": {"family": _FONT, "size": 12}, "namelength": -1},
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.02,
-            "yanchor": "bottom",
-            "font": {"size": 12},
-        },
-        "uirevision": "keep",
-    }
-    return go.Figure(data=list(traces), layout=style | layout)
-
-
-def message(sentence: str) -> Patch:
-    """Lay out a sentence in the middle of a plot instead of data.
-
-    Args:
-        sentence: Plain text, e.g. why there is nothing to draw; nothing if empty.
-
-    Returns:
-        A patch for the layout.
-    """
-    if not sentence:
-        return {"annotations": []}
-    return {
-        "annotations": [
-            {
-                "text": lines_for_plotly(sentence),
-                "xref": "paper",
-                "yref": "paper",
-                "x": 0.5,
-                "y": 0.5,
-                "xanchor": "center",
-                "yanchor": "middle",
-                "showarrow": False,
-                "font": {"size": 13, "color": "#5b6672"},
-                "bgcolor": "rgba(255,255,255,0.85)",
-                "borderpad": 6,
-            }
-        ]
-    }
-
-
-def message_panel(title: str, reading: str, definition: str, sentence: str) -> Panel:
-    """Make a panel that only says why there is nothing to draw.
-
-    Args:
+    Attributes:
+        name: Short and unique.
         title: Plain text.
-        reading: How the panel would be read.
-        definition: What it would show.
-        sentence: Why it does not.
-
-    Returns:
-        The panel.
+        lead: The question, in a sentence.
+        panels: In reading order.
+        controls: Names of the choices that its panels read, in the order of the control bar.
     """
-    hidden = {"visible": False, "range": [0, 1]}
-    figure = empty_figure(
-        [go.Scatter(x=[], y=[], showlegend=False)], xaxis=hidden, yaxis=hidden, **message(sentence)
-    )
-    return Panel(title=title, reading=reading, definition=definition, figure=figure, height=220)
+
+    name: str
+    title: str
+    lead: str
+    panels: Sequence[Panel]
+
+    @property
+    def controls(self) -> set[str]:
+        """Names of the choices that its panels read."""
+        return {name for panel in self.panels for part in panel.parts for name in part.depends}
 
 
-def rounded(values: Iterable[SupportsFloat]) -> list[float | None]:
-    """Shorten numbers for the page.
+def compose(patches: Sequence[Figure], update: int | None = None) -> Figure:
+    """Lay parts over each other.
 
     Args:
-        values: Numbers.
-
-    Returns:
-        The numbers to four significant digits; what is not finite is None, which plotly leaves
-        out and JSON can hold.
-
-    >>> rounded([0.123456, 1234567.0, math.nan])
-    [0.1235, 1235000.0, None]
-    """
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in map(float, values)]
-
-
-def whole(values: Iterable[SupportsFloat]) -> list[int | None]:
-    """Make counts of numbers that hold counts.
-
-    Args:
-        values: Numbers such as cumulative frames.
-
-    Returns:
-        Integers, None where a number is not finite.
-    """
-    return [int(value) if math.isfinite(value) else None for value in map(float, values)]
-
-
-def padded_range(values: np.ndarray) -> list[float]:
-    """Find an axis range that stays the same while the slider moves.
-
-    Args:
-        values: All that will ever be drawn on the axis, NaN left out.
-
-    Returns:
-        Lower and upper end with a margin of a twelfth.
-    """
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        return [-1.0, 1.0]
-    low, high = float(finite.min()), float(finite.max())
-    margin = (high - low) / 12 or max(abs(high), 1.0) / 12
-    return [float(f"{low - margin:.4g}"), float(f"{high + margin:.4g}")]
-
-
-def shown(panel: Panel, **choices: object) -> go.Figure:
-    """Make the figure that the page shows for some choices, as its script does.
-
-    Args:
-        panel: A panel.
-        **choices: Values of "network", "layer" and "update".
+        patches: A whole figure, and what changes in it.
+        update: The update that is drawn.
 
     Returns:
         A new figure.
     """
-    figure = panel.figure.to_plotly_json()
-    for part in panel.parts:
-        values = dict(choices)
-        if "update" in part.depends and part.updates:
-            wanted = int(str(choices["update"]))
-            values["update"] = max(
-                (u for u in part.updates if u <= wanted), default=part.updates[0]
-            )
-        key = "|".join(str(values[name]) for name in part.depends)
-        frame = part.frames.get(key, part.absent)
-        for trace, patch in zip(figure["data"], frame.data, strict=False):
-            trace.update(patch)
-        for name, value in frame.layout.items():
-            old = figure["layout"].get(name)
-            if isinstance(old, dict) and isinstance(value, Mapping):
-                value = old | dict(value)
-            figure["layout"][name] = value
-    return go.Figure(figure)
+    first = patches[0]
+    data = [dict(trace) for trace in first.get("data", ())]
+    layout = dict(first.get("layout", {}))
+    # Nothing is laid over a figure that only says why there is none.
+    empty = layout.get("meta", {}).get("empty", False)
+    for patch in () if empty else patches[1:]:
+        for trace, changes in zip(data, patch.get("data", ()), strict=False):
+            trace.update(changes)
+        for name, value in patch.get("layout", {}).items():
+            old = layout.get(name)
+            if name in _JOINED:
+                value = [*(old or ()), *value]
+            elif isinstance(old, Mapping) and isinstance(value, Mapping):
+                value = {**old, **value}
+            layout[name] = value
+    if update is not None:
+        layout["meta"] = {**layout.get("meta", {}), "update": update}
+    return {"data": data, "layout": layout}
+
+
+def earlier(known: Sequence[int], wanted: int) -> int:
+    """Find the newest update up to one.
+
+    Args:
+        known: Updates, ascending; at least one.
+        wanted: The update that is asked for.
+
+    Returns:
+        The newest that is not later; the first if all are.
+
+    >>> earlier([0, 10, 20], 19), earlier([5], 0)
+    (10, 5)
+    """
+    return int(known[max(bisect_right(known, wanted) - 1, 0)])

@@ -1,19 +1,18 @@
 """What the page says about its runs in words: the table at the top and the list of problems."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import pandas as pd
-
-from analyses.curves import frames_by_update
+from analyses.headline import headline
 from analyses.listing import last_number
 from dashboards.colours import Mark
+from dashboards.tables import RunTables
 from dashboards.text import clean, for_html
 from gradlab.run import Run
 
 COLUMNS = (
     *("run", "method", "environment", "agents", "frames", "last return", "evaluation return"),
-    *("state", "seed"),
+    *("state", "seed", "in words"),
 )
 _NUMBERS = ("agents", "frames", "last return", "evaluation return", "seed")
 
@@ -40,49 +39,33 @@ def distinct_names(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def agent_names(run: Run, agents: int) -> list[str]:
-    """Name the agents.
-
-    Args:
-        run: A run.
-        agents: How many there are.
-
-    Returns:
-        The recorded names, or "agent 0" and so on where they are lost.
-    """
-    recorded = run.info.get("agent_names")
-    known = [clean(name) for name in recorded] if isinstance(recorded, list) else []
-    return [known[number] if number < len(known) else f"agent {number}" for number in range(agents)]
-
-
-def table_rows(runs: Sequence[Run], marks: Sequence[Mark], curves: Sequence[pd.DataFrame]) -> str:
+def table_rows(runs: Mapping[str, RunTables]) -> str:
     """Write the table's body.
 
     Args:
-        runs: Runs.
-        marks: Theirs.
-        curves: Their learning curves.
+        runs: The runs by name.
 
     Returns:
         HTML rows.
     """
     rows = []
-    for run, mark, curve in zip(runs, marks, curves, strict=True):
-        frames = frames_by_update(run).dropna()
-        last = curve["episode_return"].iloc[-1] if len(curve) else math.nan
+    for of in runs.values():
+        run = of.run
+        frames = last_number(run, "frames")
         cells = {
-            "run": mark.label,
+            "run": of.mark.label,
             "method": run.method,
             "environment": run.environment,
             "agents": run.info.get("agents", "unknown"),
-            "frames": f"{frames.iloc[-1]:,.0f}" if len(frames) else "none",
-            "last return": _number(last),
+            "frames": f"{frames:,.0f}" if math.isfinite(frames) else "none",
+            "last return": _number(last_number(run, "episode_return")),
             "evaluation return": _number(last_number(run, "evaluation_return")),
             "state": run.state,
             "seed": run.info.get("seed", "unknown"),
+            "in words": headline(run),
         }
         html = "".join(
-            f"<td{_class(name)}>{_swatch(mark) if name == 'run' else ''}{for_html(value)}</td>"
+            f"<td{_class(name)}>{_swatch(of.mark) if name == 'run' else ''}{for_html(value)}</td>"
             for name, value in cells.items()
         )
         rows.append(f"<tr>{html}</tr>")
@@ -98,20 +81,19 @@ def table_columns() -> str:
     return "".join(f'<th scope="col"{_class(name)}>{name}</th>' for name in COLUMNS)
 
 
-def problem_list(runs: Sequence[Run], marks: Sequence[Mark]) -> str:
+def problem_list(runs: Mapping[str, RunTables]) -> str:
     """Write what is missing or damaged; to be called last, since reading finds problems.
 
     Args:
-        runs: Runs.
-        marks: Theirs.
+        runs: The runs by name.
 
     Returns:
         HTML, empty if all is well.
     """
     items = [
-        f"<li><b>{for_html(mark.label)}</b>: {for_html(problem)}</li>"
-        for run, mark in zip(runs, marks, strict=True)
-        for problem in dict.fromkeys([*run.problems, *_failure(run)])
+        f"<li><b>{for_html(of.mark.label)}</b>: {for_html(problem)}</li>"
+        for of in runs.values()
+        for problem in dict.fromkeys([*of.run.problems, *_failure(of.run)])
     ]
     if not items:
         return ""
@@ -128,6 +110,8 @@ def _number(value: float) -> str:
 
 
 def _class(name: str) -> str:
+    if name == "in words":
+        return ' class="headline"'
     return ' class="number"' if name in _NUMBERS else ""
 
 

@@ -5,6 +5,8 @@ import json
 import textwrap
 import unicodedata
 
+from gradlab.run import Run
+
 
 def clean(name: object) -> str:
     """Make one printable line of any name.
@@ -22,6 +24,21 @@ def clean(name: object) -> str:
     line = " ".join(str(name).split())
     hidden = {"Cc", "Cf", "Cs"}
     return "".join("\ufffd" if unicodedata.category(c) in hidden else c for c in line)
+
+
+def agent_names(run: Run, agents: int) -> list[str]:
+    """Name the agents.
+
+    Args:
+        run: A run.
+        agents: How many there are.
+
+    Returns:
+        The recorded names, or "agent 0" and so on where they are lost.
+    """
+    recorded = run.info.get("agent_names")
+    known = [clean(name) for name in recorded] if isinstance(recorded, list) else []
+    return [known[number] if number < len(known) else f"agent {number}" for number in range(agents)]
 
 
 def elide(name: object, width: int = 28) -> str:

@@ -1,22 +1,19 @@
 """How each sharing scheme does in all games, stateless and temporal, as agents are added."""
 
 from collections.abc import Mapping
-from functools import partial
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy import stats
 
+from analyses.aggregate import interquartile_mean
 from analyses.studies.study import Findings, Study, Verdict, over_last_tenth
 from gradlab.run import Run
 from trainers.envs.matrix_games import NAMES, chance_return
 
 METHODS = ("fups", "fups-id", "fups-id-nostate", "nops", "hypermarl")
 _FRAMES = 100_000
-_RESAMPLES = 2000
 _AT_CHANCE = 0.03
 _LEARNED = 0.97
 
@@ -33,30 +30,6 @@ def _runs(games: tuple[str, ...], agents: tuple[int, ...], seeds: int) -> dict[s
         }
         for game, n, method, seed in product(games, agents, METHODS, range(seeds))
     }
-
-
-def interquartile_mean(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Mean without the lowest and highest quarter of the seeds, and its 95 % interval.
-
-    Args:
-        values: One number for each seed.
-
-    Returns:
-        The mean and the ends of its percentile bootstrap interval (Agarwal et al., "Deep RL at the
-        edge of the statistical precipice", 2021); NaN ends for a single seed.
-    """
-    if len(values) == 1:
-        return float(values[0]), np.nan, np.nan
-    statistic: Any = partial(stats.trim_mean, proportiontocut=0.25)
-    found = stats.bootstrap(
-        (values,),
-        statistic,
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(statistic(values)), float(found.low), float(found.high)
 
 
 def _report(runs: Mapping[str, Run]) -> Findings:

@@ -1,11 +1,9 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 
 from analyses.studies import STUDIES, run_study
-from analyses.studies.games import interquartile_mean
 from analyses.studies.specialisation import METHODS
 from gradlab.checks import UsageError
 from gradlab.cli import run as main
@@ -88,17 +86,6 @@ def test_specialisation_verdicts_hold_over_five_seeds(tmp_path):
     for folder in tmp_path.glob("*/"):
         run = open_run(folder)
         assert float(run.quantity("residual").max()) < 1e-4
-
-
-def test_interquartile_means_and_their_intervals():
-    values = np.array([0.1, 0.9, 0.8, 0.7, 1.0])
-    mean, low, high = interquartile_mean(values)
-    assert mean == pytest.approx((0.7 + 0.8 + 0.9) / 3)  # a seed is left out at either end
-    resampled = np.random.default_rng(1).choice(values, (4000, 5))
-    slow = np.sort(resampled, axis=1)[:, 1:4].mean(1)
-    assert (low, high) == pytest.approx(np.quantile(slow, (0.025, 0.975)), abs=0.03)
-    assert interquartile_mean(np.full(5, 0.25)) == pytest.approx((0.25, 0.25, 0.25))
-    assert np.isnan(interquartile_mean(np.array([0.5]))[1:]).all()
 
 
 def test_study_of_the_games_tabulates_every_game_and_size(tmp_path):

@@ -1,4 +1,4 @@
-"""Synthetic runs: every quantity that the page shows, made without training anything."""
+"""Small runs of every method, and made-up ones of shapes that no small training has."""
 
 from pathlib import Path
 
@@ -8,10 +8,38 @@ import xarray as xr
 
 from gradlab.run import Run, open_run
 from gradlab.run_writer import RunWriter
+from trainers.config import TrainConfig
+from trainers.train import train_run
 
 NETWORKS = ["actor", "critic"]
 SPACES = ["psi", "theta"]
 LAYERS = ["all", "layer0", "layer1", "head", "log_std", "embedding"]
+
+
+METHODS = ("hypermarl", "fups", "fups-id", "nops", "hypermarl-linear", "hypermarl-coupled")
+SMALL = {
+    "env": "specialisation",
+    "agents": 4,
+    "copies": 8,
+    "steps": 8,
+    "frames": 8 * 8 * 3,
+    "diagnostics": "full",
+    "every": 1,
+    "effects_every": 1,
+    "evaluation": {"every": 2, "episodes": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run of each method, of three updates; and a second seed of the first."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs = {}
+    for name, method, seed in [*((m, m, 0) for m in METHODS), ("hypermarl-seed1", METHODS[0], 1)]:
+        settings = SMALL | {"method": method, "seed": seed}
+        train_run(TrainConfig.model_validate(settings), folder / name)
+        runs[name] = open_run(folder / name)
+    return runs
 
 
 @pytest.fixture(name="write_run", scope="session")

@@ -1,198 +1,242 @@
-import itertools
-import math
+"""Panels as data: what is drawn equals what was recorded."""
+
+import json
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 
-from analyses.curves import learning_curve, series
-from analyses.embeddings import pca, tsne
-from dashboards.colours import OKABE_ITO, UNDEFINED, agent_marks, run_marks
-from dashboards.curve_panels import SPACES, cursor_part, learning_panel, quantity_panel
-from dashboards.embedding_panels import TAIL, pca_panel, tsne_panel
-from dashboards.heatmap_panel import heatmap_panel
-from dashboards.overview import cursor, learning_curves, overview_panels
-from dashboards.panel import Panel, empty_figure, padded_range, shown
-from dashboards.run_panels import run_panels
-
-NOW = cursor_part({0: {6000}, 10: {66000}})
-
-
-@pytest.fixture(scope="module")
-def run(write_run, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "run")
+from analyses.embeddings import classical_mds, pca, tsne, tsne_of_seed
+from dashboards.choices import Choices
+from dashboards.colours import OKABE_ITO, UNDEFINED, agent_marks
+from dashboards.frames import SEPARATOR, packed, unpacked
+from dashboards.panel import Panel, Part, compose
+from dashboards.style import padded_range, template
+from dashboards.tables import Limits
+from dashboards.view import View
+from gradlab.checks import UsageError
+from gradlab.estimates import UNDECIDED
+from gradlab.run import open_run
 
 
 @pytest.fixture(scope="module")
-def nops(write_run, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "nops", method="nops")
+def view(trained):
+    return View(list(trained.values()))
 
 
-def heatmap(run, space, **kwargs):
-    names = run.info["agent_names"]
-    cosine = run.quantity("cosine").sel(space=space)
-    return heatmap_panel(cosine, names, title="", reading="", definition="", **kwargs)
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained["hypermarl"]
 
 
-def annotations(figure):
-    return [note.text.replace("<br>", " ") for note in figure.layout.annotations]
+def drawn(view, panel, **changes):
+    return view.panels[panel].draw(view.defaults().with_(**changes))
 
 
-def test_learning_panel_draws_the_table(run):
-    table = learning_curve(run)
-    figure = shown(learning_panel([(run_marks(["a"])[0], table)], NOW), update=10)
-    assert list(figure.data[0].x) == table["frames"].tolist()
-    np.testing.assert_allclose(figure.data[0].y, table["episode_return"], rtol=1e-3)
-    assert [shape.x0 for shape in figure.layout.shapes] == [66000]
+def notes(figure):
+    return [note["text"].replace("<br>", " ") for note in figure["layout"].get("annotations", ())]
 
 
-def test_learning_panel_without_an_episode_says_so(run):
-    table = learning_curve(run).iloc[:0]
-    figure = shown(learning_panel([(run_marks(["a"])[0], table)], NOW), update=0)
-    assert annotations(figure) == ["no episode has ended yet"]
+def test_every_panel_of_every_run_is_a_plotly_figure(view):
+    for name in view.runs:
+        choices = view.defaults().with_(run=name)
+        for panel in view.panels.values():
+            figure = panel.figure(choices)
+            assert isinstance(figure, go.Figure)
+            assert figure.layout.meta["alt"], panel.name
+            json.dumps(panel.draw(choices), allow_nan=False)
 
 
-def test_quantity_panel_draws_every_run_network_and_layer(run, nops):
-    tables = [series(r, "conflict_rate") for r in (run, nops)]
-    panel = quantity_panel(
-        list(zip(run_marks(["a", "b"]), tables, strict=True)),
-        SPACES,
-        NOW,
-        title="",
-        reading="",
-        definition="",
-        axis={},
-        reference=0.5,
-    )
-    for network, layer in itertools.product(["actor", "critic"], ["all", "layer1"]):
-        figure = shown(panel, network=network, layer=layer, update=0)
-        expected = [
-            table[(table[["network", "layer", "space"]] == [network, layer, space]).all(axis=1)]
-            for table in tables
-            for space in ("psi", "theta")
-        ]
-        for trace, rows in zip(figure.data, expected, strict=False):
-            assert list(trace.x) == rows["frames"].tolist()
-            assert list(trace.customdata) == rows["update"].tolist()
-            np.testing.assert_allclose(trace.y, rows["value"], atol=1e-3)
-        assert [trace.line.dash for trace in figure.data[:4]] == ["solid", "dash"] * 2
-        assert [trace.name for trace in figure.data if trace.showlegend is not False][:2] == [
-            "a",
-            "b",
-        ]
+def test_panels_have_names_of_their_own_and_say_what_they_depend_on(view):
+    panels = [panel for tab in view.tabs for panel in tab.panels]
+    assert len({panel.name for panel in panels}) == len(panels) >= 25
+    known = set(Choices.__dataclass_fields__)
+    for tab in view.tabs:
+        assert tab.controls <= known
 
 
-def test_variance_panel_shows_parts_and_names_runs_without_them(write_run, run, tmp_path):
-    plain = write_run(tmp_path / "plain", variance=False)
-    runs = [run, plain]
-    panels = overview_panels(
-        runs, run_marks(["full", "plain"]), learning_curves(runs), cursor(runs, [[0], [0]])
-    )
-    variance = panels[3]
-    figure = shown(variance, network="critic", layer="head", update=0)
-    expected = run.quantity("variance_between").sel(network="critic", layer="head")
-    np.testing.assert_allclose(figure.data[1].y, expected, rtol=1e-3)
-    assert figure.layout.yaxis.type == "log"
-    assert "Not recorded by: plain." in variance.definition
+def test_a_panel_reads_only_the_choices_that_it_names(view):
+    """Otherwise the page, which draws one figure for each of their values, would be wrong."""
+
+    class Spy(Choices):
+        def __getattribute__(self, name):
+            if name in Choices.__dataclass_fields__:
+                assert name in allowed, f"reads {name}"
+            return super().__getattribute__(name)
+
+    choices = vars(view.defaults())
+    for panel in view.panels.values():
+        for part in panel.parts:
+            allowed = set(Choices.__dataclass_fields__)
+            at = part.at(view.defaults())
+            spy = Spy(**(choices | {"update": at.update}))
+            allowed = set(part.depends)
+            part.draw(spy)
 
 
-def test_a_layer_that_no_run_has_is_said_to_be_undefined(write_run, tmp_path):
-    alone = [write_run(tmp_path / "alone", agents=1)]
-    panels = overview_panels(
-        alone, run_marks(["alone"]), learning_curves(alone), cursor(alone, [[0]])
-    )
-    figure = shown(panels[1], network="actor", layer="all", update=0)
-    assert annotations(figure) == ["undefined here: no such layer, no two agents, or no verdicts"]
+def test_learning_curves_are_the_recorded_returns(view, run):
+    figure = drawn(view, "returns", update=1)
+    recorded = run.quantity("episode_return").dropna("update")
+    trace = figure["data"][0]
+    assert trace["x"] == run.quantity("frames").sel(update=recorded["update"]).values.tolist()
+    np.testing.assert_allclose(trace["y"], recorded, rtol=1e-3)
+    assert [s["x0"] for s in figure["layout"]["shapes"]] == [run.quantity("frames").values[1]]
 
 
 @pytest.mark.parametrize("space", ["psi", "theta"])
-def test_heatmap_draws_the_cosines_at_the_update(run, space):
-    panel = heatmap(run, space)
-    for network, layer, update in itertools.product(["actor", "critic"], ["all", "layer0"], [0, 6]):
-        figure = shown(panel, network=network, layer=layer, update=update)
-        expected = run.quantity("cosine").sel(
-            space=space, network=network, layer=layer, update=update
-        )
-        np.testing.assert_allclose(figure.data[0].z, expected, atol=5e-4)
-        assert (figure.data[0].zmin, figure.data[0].zmax) == (-1, 1)
+@pytest.mark.parametrize("estimate", ["plug-in", "debiased"])
+def test_cosines_are_those_recorded_and_undecided_pairs_are_faded(view, run, space, estimate):
+    panel = {"psi": "cosine-g", "theta": "cosine-z"}[space]
+    for network, layer, update in (("actor", "all", 0), ("critic", "layer1", 2)):
+        where = {"space": space, "network": network, "layer": layer, "update": update}
+        figure = drawn(view, panel, network=network, layer=layer, update=update, estimate=estimate)
+        quantity = "cosine" if estimate == "plug-in" else "cosine_debiased"
+        expected = run.quantity(quantity).sel(where).to_numpy().copy()
+        if estimate == "debiased":
+            np.fill_diagonal(expected, np.where(np.isnan(np.diag(expected)), np.nan, 1))
+        matrix, mask = figure["data"]
+        np.testing.assert_allclose(np.array(matrix["z"], float), expected, atol=5e-4)
+        undecided = run.quantity("verdict").sel(where).to_numpy() == UNDECIDED
+        assert [[cell == 1 for cell in row] for row in mask["z"]] == undecided.tolist()
+        assert (matrix["zmin"], matrix["zmax"]) == (-1, 1)
+        assert figure["layout"]["plot_bgcolor"] == UNDEFINED
 
 
-def test_heatmap_between_updates_shows_the_earlier_one(run):
-    panel = heatmap(run, "psi")
-    at = shown(panel, network="actor", layer="all", update=7)
-    assert at == shown(panel, network="actor", layer="all", update=6)
+def test_coupling_and_transference_are_those_recorded(view, run):
+    where = {"network": "actor", "update": 1}
+    coupling = drawn(view, "coupling", update=1, layer="layer1")["data"][0]["z"]
+    np.testing.assert_allclose(
+        np.array(coupling, float),
+        run.quantity("coupling").sel(where | {"layer": "layer1"}),
+        atol=5e-4,
+    )
+    fall = drawn(view, "transference", update=1)["data"][0]["z"]
+    expected = -run.quantity("transference").sel(where).to_numpy()
+    np.testing.assert_allclose(np.array(fall, float), expected, rtol=1e-3)
 
 
-def test_heatmap_undefined_cells_are_grey_and_say_so(run):
-    figure = shown(heatmap(run, "theta"), network="actor", layer="head", update=0)
-    assert [row[0] for row in figure.data[0].z] == [None] * 4
-    assert annotations(figure).count("undefined") == 7
-    assert figure.layout.plot_bgcolor == UNDEFINED
+def test_the_chosen_pair_is_framed_in_every_order(view):
+    for order in ("number", "similarity"):
+        figure = drawn(view, "cosine-g", agent=3, other=1, order=order)
+        sorted_agents = figure["layout"]["xaxis"]["categoryarray"]
+        assert sorted(sorted_agents) == ["0", "1", "2", "3"]
+        (frame,) = figure["layout"]["shapes"]
+        place = (sorted_agents.index("1"), sorted_agents.index("3"))
+        assert (frame["x0"] + 0.5, frame["y0"] + 0.5) == place
 
 
-def test_heatmap_of_a_layer_that_the_space_lacks_says_so(run):
-    figure = shown(heatmap(run, "theta"), network="actor", layer="embedding", update=0)
-    assert all(cell is None for row in figure.data[0].z for cell in row)
-    assert annotations(figure)[0].startswith("undefined: this space of this network has no such")
+def test_a_pairs_history_has_its_intervals_whichever_comes_first(view, run):
+    figure = drawn(view, "pair-history", agent=2, other=0)
+    assert figure == drawn(view, "pair-history", agent=0, other=2)
+    where = {"network": "actor", "layer": "all", "space": "psi", "agent": 0, "agent_other": 2}
+    for trace, quantity in zip(
+        figure["data"], ("cosine_low", "cosine_high", "cosine_debiased"), strict=False
+    ):
+        recorded = run.quantity(quantity).sel(where)
+        np.testing.assert_allclose(np.array(trace["y"], float), recorded, rtol=1e-3)
 
 
-def test_structural_zeros_are_marked_and_explained(nops):
-    panel = heatmap(nops, "psi", structural_zeros=True)
-    figure = shown(panel, network="critic", layer="all", update=0)
-    text = figure.data[0].text
+def test_structural_zeros_are_marked(view):
+    figure = drawn(view, "cosine-g", run="nops", network="critic")
+    text = figure["data"][0]["text"]
     assert [[cell == "0*" for cell in row] for row in text] == (~np.eye(4, dtype=bool)).tolist()
-    assert "structural zero" in panel.definition
-    plain = run_panels(nops).panels
-    assert "structural zero" in plain[0].definition
-    assert "structural zero" not in plain[1].definition
+    assert "text" not in drawn(view, "cosine-g")["data"][0]
 
 
-@pytest.mark.parametrize(("agents", "template"), [(1, "%{z:.2f}"), (10, "%{z:.2f}"), (11, None)])
-def test_heatmap_writes_numbers_while_there_is_room(write_run, tmp_path, agents, template):
-    figure = heatmap(write_run(tmp_path / "run", agents=agents, updates=3), "psi").figure
-    assert (figure.data[0].texttemplate or None) == template
+def test_principal_components_are_scikit_learns(view, run):
+    from sklearn.decomposition import PCA
+
+    rows = run.embeddings["critic"].to_numpy().astype(float)
+    fitted = PCA(3, svd_solver="full").fit(rows.reshape(-1, rows.shape[-1]))
+    figure = drawn(view, "pca", network="critic", update=1)
+    points = figure["data"][-1]
+    expected = fitted.transform(rows[1])
+    found = np.array([points["x"], points["y"]]).T
+    signs = np.sign((found * expected[:, :2]).sum(0))
+    np.testing.assert_allclose(found * signs, expected[:, :2], rtol=2e-3, atol=1e-4)
+    share = fitted.explained_variance_ratio_
+    assert f"({share[0]:.1%} of variance)" in figure["layout"]["xaxis"]["title"]["text"]
+    scree = drawn(view, "scree", network="critic")["data"][0]["y"]
+    np.testing.assert_allclose(scree[:3], share, atol=1e-3)
+    solid = drawn(view, "pca-3d", network="critic", update=1)["data"][0]
+    np.testing.assert_allclose(np.abs(solid["z"]), np.abs(expected[:, 2]), rtol=5e-3, atol=1e-4)
 
 
-def pca_of(run):
-    points = run.embeddings
-    projections = {network: pca(rows) for network, rows in points.items()}
-    updates = {network: rows["update"].values.tolist() for network, rows in points.items()}
-    marks = agent_marks(run.info["agent_names"])
-    return projections, pca_panel(projections, updates, marks, definition="")
+def test_tsne_of_a_seed_is_scikit_learns():
+    from sklearn.manifold import TSNE
+
+    rows = np.random.default_rng(0).normal(size=(9, 5))
+    found, trusted = tsne_of_seed(rows, seed=3)
+    # The rows as `tsne_of_seed` takes them: sorted and scaled, which t-SNE does not see.
+    scaled = rows / np.abs(rows).max()
+    scaled -= scaled.mean(0)
+    order = np.lexsort((scaled / np.abs(scaled).max()).T[::-1])
+    expected = TSNE(
+        perplexity=8 / 3, init="random", method="exact", max_iter=500, random_state=3
+    ).fit_transform((scaled / np.abs(scaled).max())[order])
+    np.testing.assert_allclose(found[order], expected, rtol=1e-3, atol=1e-3)
+    assert 0 < trusted <= 1
 
 
-def test_pca_panel_draws_positions_tails_and_explained_variance(run):
-    projections, panel = pca_of(run)
-    position = projections["critic"]["position"]
-    figure = shown(panel, network="critic", update=8)
-    *trails, now = figure.data
-    np.testing.assert_allclose(now.x, position.sel(update=8, component=1), rtol=1e-3)
-    np.testing.assert_allclose(now.y, position.sel(update=8, component=2), rtol=1e-3)
-    for agent, trail in enumerate(trails):
-        past = position.sel(update=slice(0, 8), agent=agent)
-        np.testing.assert_allclose(trail.x, past.sel(component=1), rtol=1e-3)
-    ratio = projections["critic"]["explained_variance_ratio"].values
-    assert figure.layout.xaxis.title.text == f"component 1 ({ratio[0]:.1%} of variance)"
-    assert figure.layout.yaxis.title.text == f"component 2 ({ratio[1]:.1%} of variance)"
+def test_tsne_panel_draws_the_arrangement_at_unit_size(view, run):
+    position = tsne(run.embeddings["actor"])["position"].sel(update=1).to_numpy()
+    figure = drawn(view, "tsne", update=1)
+    points = np.array([figure["data"][0]["x"], figure["data"][0]["y"]]).T
+    centred = position - position.mean(0)
+    size = np.sqrt((centred**2).sum(1).mean())
+    np.testing.assert_allclose(points, centred / size, rtol=1e-2, atol=1e-3)
+    assert "perplexity 1" in figure["layout"]["meta"]["note"]
 
 
-def test_pca_axes_stay_while_the_slider_moves_and_hold_all_points(run):
-    projections, panel = pca_of(run)
-    figures = [shown(panel, network="actor", update=update) for update in range(0, 20, 2)]
-    assert len({figure.layout.xaxis.range for figure in figures}) == 1
-    low, high = figures[0].layout.xaxis.range
-    x = projections["actor"]["position"].sel(component=1)
-    assert low < x.min()
-    assert x.max() < high
-    assert max(len(trace.x) for trace in figures[-1].data) <= TAIL
+def test_classical_scaling_keeps_distances_and_is_scikit_learns():
+    from sklearn.manifold import ClassicalMDS
+
+    rows = np.random.default_rng(1).normal(size=(7, 2))
+    distance = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+    position, share = classical_mds(distance)
+    again = np.linalg.norm(position[:, None] - position[None], axis=-1)
+    np.testing.assert_allclose(again, distance, atol=1e-9)
+    np.testing.assert_allclose(share.sum(), 1)
+    expected = ClassicalMDS(2, metric="precomputed").fit_transform(distance)
+    np.testing.assert_allclose(np.abs(position), np.abs(expected), atol=1e-9)
 
 
-def test_agents_have_one_colour_in_all_panels(run):
-    _, panel = pca_of(run)
-    *trails, now = panel.figure.data
-    marks = agent_marks(run.info["agent_names"])
-    tsne_now = tsne_panel({}, marks, definition="").figure.data[0]
-    assert [trail.line.color for trail in trails] == list(OKABE_ITO[:4])
-    assert list(now.marker.color) == list(tsne_now.marker.color) == list(OKABE_ITO[:4])
+def test_distances_and_neighbours_are_those_of_the_rows(view, run):
+    rows = run.embeddings["actor"].sel(update=2).to_numpy().astype(float)
+    distance = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+    matrix = drawn(view, "embedding-distance", update=2)["data"][0]["z"]
+    np.testing.assert_allclose(np.array(matrix, float), distance, rtol=1e-3)
+    bars = drawn(view, "neighbours", update=2, agent=2)["data"][0]
+    np.testing.assert_allclose(bars["x"], np.sort(distance[2])[1:], rtol=1e-3)
+    assert [*bars["customdata"]] == np.argsort(distance[2])[1:].tolist()
+
+
+def test_embeddings_against_behaviour_are_the_recorded_pairs(view, run):
+    figure = drawn(view, "embedding-behaviour", update=1)
+    pairs = np.triu_indices(4, 1)
+    distance = run.quantity("embedding_distance").sel(network="actor", update=1).to_numpy()
+    behaviour = run.quantity("behavioural_distance").sel(update=1).to_numpy()
+    np.testing.assert_allclose(figure["data"][0]["x"], distance[pairs], rtol=1e-3)
+    np.testing.assert_allclose(figure["data"][0]["y"], behaviour[pairs], atol=5e-4)
+    where = {"network": "actor", "update": 1, "compared_with": "behavioural_distance"}
+    r = float(run.quantity("mantel").sel(where | {"correlation": "pearson"}))
+    assert f"r {r:+.2f}" in figure["layout"]["meta"]["note"] or np.isnan(r)
+
+
+def test_identical_agents_share_one_label_and_the_panel_says_so(write_run, tmp_path):
+    view = View([write_run(tmp_path / "run", embeddings="equal")])
+    figure = drawn(view, "pca", update=0)
+    assert figure["data"][-1]["text"] == ["0, 1, 2, 3", "", "", ""]
+    assert notes(figure) == ["all agents are identical at every update"]
+    assert "1 distinct point of 4 agents" in notes(drawn(view, "tsne", update=0))[0]
+
+
+def test_agents_have_one_colour_in_all_panels(view):
+    colours = list(OKABE_ITO[:4])
+    for panel in ("pca", "tsne", "mds", "embeddings-runs"):
+        assert drawn(view, panel)["data"][-1]["marker"]["color"] == colours, panel
+    grouped = drawn(view, "pca", colour="behaviour cluster")["data"][-1]["marker"]["color"]
+    assert len(set(grouped)) < 4
 
 
 @pytest.mark.parametrize("agents", [1, 8, 9, 30, 48])
@@ -202,75 +246,136 @@ def test_agents_are_told_apart(agents):
     assert len({mark.shape for mark in marks[:8]}) == 1
 
 
-def test_identical_agents_share_one_label_and_the_panel_says_so(write_run, tmp_path):
-    run = write_run(tmp_path / "run", embeddings="equal")
-    _, panel = pca_of(run)
-    figure = shown(panel, network="actor", update=0)
-    assert list(figure.data[-1].text) == ["0, 1, 2, 3", "", "", ""]
-    assert annotations(figure) == ["all agents are identical at every update"]
-    assert figure.layout.xaxis.title.text == "component 1 (no variance)"
-
-
-def test_tsne_panel_draws_the_arrangement_at_unit_size(run):
-    projection = tsne(run.embeddings["actor"])
-    panel = tsne_panel({"actor": projection}, agent_marks(run.info["agent_names"]), definition="")
-    figure = shown(panel, network="actor", update=6)
-    drawn = np.array([figure.data[0].x, figure.data[0].y]).T
-    assert np.sqrt((drawn**2).sum(axis=1).mean()) == pytest.approx(1, rel=1e-3)
-    position = projection["position"].sel(update=6).to_numpy()
-    centred = position - position.mean(axis=0)
-    ratio = drawn / centred
-    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-2)
-    frames = panel.parts[0].frames
-    assert frames["actor|6"].note == "perplexity 1"
-
-
-def test_tsne_panel_gives_the_reason_instead_of_points(write_run, tmp_path):
-    run = write_run(tmp_path / "run", agents=3)
-    panel = run_panels(run).panels[3]
-    figure = shown(panel, network="actor", update=0)
-    assert list(figure.data[0].x) == [None] * 3
-    assert annotations(figure) == ["3 agents: t-SNE needs at least 4"]
-
-
 def test_a_run_without_diagnostics_says_so_in_every_place(write_run, tmp_path):
-    run = write_run(tmp_path / "run", diagnostics=False)
-    section = run_panels(run)
-    overview = overview_panels([run], run_marks(["run"]), learning_curves([run]), cursor([run], []))
-    for panel in [*section.panels, *overview[1:]]:
-        assert annotations(panel.figure)[0].startswith("not recorded: ")
-    assert section.drawn == []
-
-
-def test_many_agents_are_thinned_evenly_and_counted(write_run, tmp_path):
-    section = run_panels(write_run(tmp_path / "run", agents=30, updates=60, every=1))
-    assert section.recorded == 60
-    assert len(section.drawn) < 40
-    assert (section.drawn[0], section.drawn[-1]) == (0, 59)
+    view = View([write_run(tmp_path / "run", diagnostics=False)])
+    for tab in view.tabs[1:]:
+        for panel in tab.panels:
+            assert notes(panel.draw(view.defaults())), panel.name
+    assert view.stops() == []
 
 
 @pytest.mark.parametrize("agents", [1, 2, 30])
 def test_every_number_of_agents_is_laid_out(write_run, tmp_path, agents):
-    run = write_run(tmp_path / "run", agents=agents, updates=4)
-    for panel in run_panels(run).panels:
-        assert isinstance(panel, Panel)
-        assert shown(panel, network="actor", layer="all", update=2).data
+    view = View([write_run(tmp_path / "run", agents=agents, updates=4)])
+    for panel in view.panels.values():
+        figure = panel.draw(view.defaults())
+        assert figure["data"] or notes(figure), panel.name
 
 
-def test_hover_text_shows_names_as_text(write_run, tmp_path):
+def test_names_are_text_in_hover_and_legend(write_run, tmp_path):
     names = ["<b>bold</b>", "&lt;", "%{x}", "ok"]
-    run = write_run(tmp_path / "run", names=names, updates=3)
-    heat, _, components, _ = run_panels(run).panels
-    assert heat.figure.data[0].hovertext[0][1] == "&lt;b&gt;bold&lt;/b&gt; and &amp;lt;"
-    assert components.figure.data[-1].hovertext[0] == "0: &lt;b&gt;bold&lt;/b&gt;"
+    view = View([write_run(tmp_path / "<i>run", names=names, updates=3)])
+    assert drawn(view, "cosine-g")["data"][0]["hovertext"][0][1].startswith("&lt;b&gt;bold")
+    assert drawn(view, "pca")["data"][-1]["hovertext"][0] == "0: &lt;b&gt;bold&lt;/b&gt;"
+    assert drawn(view, "returns")["data"][0]["name"] == "&lt;i&gt;run"
 
 
-def test_figures_carry_no_default_template():
-    template = empty_figure().layout.template
-    assert template.layout.colorway is None
+def test_a_long_run_is_thinned_for_drawing_alone(write_run, tmp_path):
+    run = write_run(tmp_path / "run", agents=30, updates=60, every=1)
+    view = View([run], Limits(updates=20, cells=10**6))
+    stops = view.stops()
+    assert (len(stops), stops[0], stops[-1]) == (20, 0, 59)
+    assert len(view.panels["cosine-g"].parts[0].updates(view.defaults())) == 20
+    assert len(View([run]).stops()) == run.quantity("cosine").sizes["update"] == 60
+
+
+def test_between_updates_the_earlier_is_drawn_and_named(view, write_run, tmp_path):
+    view = View([write_run(tmp_path / "run", every=5)])
+    at = drawn(view, "cosine-g", update=7)
+    assert at["layout"]["meta"]["update"] == 5
+    assert at["data"] == drawn(view, "cosine-g", update=5)["data"]
+
+
+def test_packed_frames_give_back_every_figure(view):
+    """What the page's script does with them, done here, is what the panel draws."""
+    options = view.options("hypermarl")
+    for name in ("cosine-g", "pca", "pair-history", "conflict-rate"):
+        panel = view.panels[name]
+        chunks = {
+            number: unpacked(text)
+            for number, run, text in packed(view, panel)
+            if run in {"hypermarl", ""}
+        }
+        for changes in ({}, {"network": "critic", "layer": "layer1", "update": 1}, {"other": 3}):
+            choices = view.defaults().with_(**changes)
+            assert all(str(getattr(choices, n)) in options[n] for n in ("network", "layer"))
+            patches = []
+            for number, part in enumerate(panel.parts):
+                at = part.at(choices)
+                key = SEPARATOR.join(str(getattr(at, n)) for n in part.depends if n != "run")
+                chunk = chunks[number]
+                frame = chunk["frames"][chunk["at"][key]]
+                patches.append(_applied(chunk["base"], frame) if number == 0 else frame)
+            expected = panel.draw(choices)
+            expected["layout"]["meta"].pop("update", None)
+            assert compose(patches) == json.loads(json.dumps(expected))
+
+
+def _applied(base, frame):
+    if "whole" in frame:
+        return frame["whole"]
+
+    def merged(old, new):
+        return {k: v for k, v in {**old, **new}.items() if v is not None}
+
+    data = [
+        merged(old, new)
+        for old, new in zip(base["data"], frame.get("data", [{}] * len(base["data"])), strict=True)
+    ]
+    return {"data": data, "layout": merged(base["layout"], frame["layout"])}
+
+
+def test_choices_survive_an_address_and_ignore_what_is_not_offered(view):
+    choices = view.defaults().with_(run="fups", network="critic", agent=2, update=1)
+    assert view.choices("?" + choices.query()) == choices
+    for evil in ("run=nope", "agent=99", "update=-1", "update=9e9", "layer=<b>", "tab=", "x=1"):
+        assert view.choices(evil) == view.defaults()
+
+
+def test_parts_are_laid_over_each_other():
+    base = {"data": [{"y": [1]}], "layout": {"shapes": [1], "xaxis": {"title": "t", "range": 1}}}
+    patch = {"data": [{"y": [2]}], "layout": {"shapes": [2], "xaxis": {"range": 2}}}
+    panel = Panel(
+        name="p",
+        title="",
+        reading="",
+        definition="",
+        parts=[
+            Part(depends=(), draw=lambda _: base),
+            Part(depends=(), draw=lambda _: patch),
+        ],
+    )
+    assert panel.draw(Choices()) == {
+        "data": [{"y": [2]}],
+        "layout": {"shapes": [1, 2], "xaxis": {"title": "t", "range": 2}},
+    }
+    assert base["data"] == [{"y": [1]}]
+
+
+def test_themes_differ_and_carry_no_default_colours():
+    light, dark = template("light"), template("dark")
+    assert light["layout"]["font"]["color"] != dark["layout"]["font"]["color"]
+    assert "colorway" not in light["layout"]
 
 
 def test_padded_range_of_nothing_and_of_one_value():
-    assert padded_range(np.array([math.nan])) == [-1.0, 1.0]
+    assert padded_range(np.array([np.nan])) == [-1.0, 1.0]
     low, high = padded_range(np.array([3.0]))
     assert low < 3 < high
+
+
+def test_no_run_is_refused():
+    with pytest.raises(UsageError, match="`runs` must name at least one run"):
+        View([])
+
+
+def test_a_damaged_run_still_has_panels(trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained["fups"].path, tmp_path / "run")
+    (tmp_path / "run" / "records.sqlite").unlink()
+    (tmp_path / "run" / "run.json").write_text("{")
+    view = View([open_run(tmp_path / "run")])
+    for panel in view.panels.values():
+        panel.draw(view.defaults())
+    assert pca(trained["fups"].embeddings["actor"]).sizes["agent"] == 4

@@ -1,0 +1,93 @@
+"""What a run's diagnostics say, in a sentence."""
+
+import numpy as np
+import xarray as xr
+
+from gradlab.estimates import ALIGNED, CONFLICT
+from gradlab.run import Run
+
+
+def headline(run: Run, network: str = "actor") -> str:
+    """Say how many pairs of agents are in conflict, since when and where, and what coupling did.
+
+    Args:
+        run: A run.
+        network: "actor" or "critic".
+
+    Returns:
+        A sentence, e.g. "4 of 6 pairs in conflict from update 120 on, mostly in layer1; coupling
+        falls from 1.00 to 0.18." All of g, what the trained parameters get to feel; of Z where
+        agents share nothing.
+    """
+    if "cosine" not in run.quantities or not run.quantity("cosine").size:
+        return "No diagnostics recorded."
+    if network not in run.quantity("cosine")["network"].to_numpy():
+        return f"No diagnostics of the {network} recorded."
+    agents = run.quantity("cosine").sizes["agent"]
+    if agents < 2:
+        return "One agent, no pairs."
+    alone = run.method_of(network) == "nops"
+    parts = [_conflict(run, network, "theta" if alone else "psi")]
+    if alone:
+        parts = ["Nothing is shared, so nothing interferes", f"of what agents want, {parts[0]}"]
+    elif "coupling" in run.quantities:
+        parts += _coupling(run, network)
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _conflict(run: Run, network: str, space: str) -> str:
+    pairs = np.triu_indices(run.quantity("cosine").sizes["agent"], k=1)
+    total = len(pairs[0])
+    noun = "pair" if total == 1 else "pairs"
+    if "verdict" not in run.quantities or not run.quantity("verdict").size:
+        cosine = (
+            run.quantity("cosine").isel(update=-1).sel(network=network, space=space, layer="all")
+        )
+        negative = int((cosine.to_numpy()[pairs] < 0).sum())
+        return (
+            f"{negative} of {total} {noun} with a negative plug-in cosine at the end, which noise "
+            "alone can make; no verdicts recorded"
+        )
+    verdict = run.quantity("verdict").sel(network=network, space=space)
+    whole = verdict.sel(layer="all").to_numpy()[:, pairs[0], pairs[1]]
+    counts = (whole == CONFLICT).sum(1)
+    updates = verdict["update"].to_numpy()
+    if not counts[-1]:
+        aligned = int((whole[-1] == ALIGNED).sum())
+        last = f", the last at update {updates[counts > 0][-1]}" if counts.any() else " at any time"
+        before = "none now, " + f"some before{last}" if counts.any() else f"none{last}"
+        words = f"{before}; {aligned} aligned, the rest undecided" if aligned else before
+        return f"of {total} {noun}, in conflict: {words}"
+    since = int(np.flatnonzero(counts == 0)[-1]) + 1 if (counts == 0).any() else 0
+    start = f" from update {updates[since]} on" if since else " from the start"
+    return f"{counts[-1]} of {total} {noun} in conflict{start}{_layer(verdict, since, pairs)}"
+
+
+def _layer(verdict: xr.DataArray, since: int, pairs: tuple[np.ndarray, np.ndarray]) -> str:
+    layers = [layer for layer in verdict["layer"].to_numpy().tolist() if layer != "all"]
+    shares = {
+        layer: (verdict.sel(layer=layer).to_numpy()[since:, pairs[0], pairs[1]] == CONFLICT).mean()
+        for layer in layers
+    }
+    if len(shares) < 2 or not any(shares.values()):
+        return ""
+    most = max(shares, key=lambda layer: shares[layer])
+    others = [share for layer, share in shares.items() if layer != most]
+    return f", mostly in {most}" if shares[most] > 1.2 * max(others) else ""
+
+
+def _coupling(run: Run, network: str) -> list[str]:
+    coupling = run.quantity("coupling")
+    if network not in coupling["network"].to_numpy() or "all" not in coupling["layer"].to_numpy():
+        return []
+    matrix = coupling.sel(network=network, layer="all").to_numpy()
+    off = ~np.eye(matrix.shape[-1], dtype=bool)
+    means = [float(np.mean(at[off])) for at in matrix if np.isfinite(at[off]).all()]
+    if not means:
+        return []
+    first, last = means[0], means[-1]
+    if f"{first:.2f}" == f"{last:.2f}":
+        return [f"coupling stays at {last:.2f}"]
+    verb = "falls" if last < first else "rises"
+    return [f"coupling {verb} from {first:.2f} to {last:.2f}"]
