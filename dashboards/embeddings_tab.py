@@ -400,15 +400,11 @@ def _mds_panel(runs: Runs) -> Panel:
         position, share = of.once(("mds", choices.network), lambda: mds_path(distances))
         if not np.isfinite(position[place]).all():
             return nothing("an embedding is not finite")
-        x, y = square(*(padded_range(position[..., axis]) for axis in (0, 1)))
-        kept = np.nansum(share[place])
+        layout, reach = unit_axes(position, "embedding distance")
+        note = f"{np.nansum(share[place]):.0%} of squared distances"
         return {
-            "data": [agent_trace(position[place], of.agents, x[1] - x[0])],
-            "layout": {
-                "xaxis": {"title": {"text": "embedding distance"}, "range": x},
-                "yaxis": {"title": {"text": "embedding distance"}, "range": y, "scaleanchor": "x"},
-                "meta": _meta(of, choices, f"{kept:.0%} of squared distances", position[place]),
-            },
+            "data": [agent_trace(position[place], of.agents, reach)],
+            "layout": layout | {"meta": _meta(of, choices, note, position[place])},
         }
 
     return Panel(
@@ -426,6 +422,22 @@ def _mds_panel(runs: Runs) -> Panel:
         ],
         height=460,
     )
+
+
+def unit_axes(position: np.ndarray, unit: str) -> tuple[dict[str, Any], float]:
+    """Make the axes of a plane whose directions mean nothing but whose distances do.
+
+    Args:
+        position: All that will ever be drawn [..., agent, 2].
+        unit: What the distances are.
+
+    Returns:
+        Both axes, equally long; and their length.
+    """
+    x, y = square(*(padded_range(position[..., axis]) for axis in (0, 1)))
+    title = {"title": {"text": unit}}
+    axes = {"xaxis": title | {"range": x}, "yaxis": title | {"range": y, "scaleanchor": "x"}}
+    return axes, x[1] - x[0]
 
 
 def _umap_panel(runs: Runs) -> Panel:

@@ -115,7 +115,7 @@ def curve(
         | {
             "updates": updates[kept],
             "frames": tables.frames_at(updates[kept]),
-            "values": values[kept],
+            "values": values[kept].astype(float),
             "low": None if low is None else low[kept],
             "high": None if high is None else high[kept],
         },

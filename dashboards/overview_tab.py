@@ -174,7 +174,7 @@ def _methods_panel(runs: Runs) -> Panel:
                 Line(
                     label=f"{mark.label} ({len(group)})",
                     colour=mark.colour,
-                    updates=_updates_at(group[0], grid),
+                    updates=updates_at(group[0], grid),
                     frames=grid,
                     values=mean,
                     low=low if len(group) > 1 else None,
@@ -198,7 +198,16 @@ def _methods_panel(runs: Runs) -> Panel:
     )
 
 
-def _updates_at(of: RunTables, frames: np.ndarray) -> np.ndarray:
+def updates_at(of: RunTables, frames: np.ndarray) -> np.ndarray:
+    """Find the updates that ended at some numbers of frames.
+
+    Args:
+        of: The run's.
+        frames: Environment frames.
+
+    Returns:
+        For each the first update that had at least so many frames, NaN if none is known.
+    """
     known = np.array(sorted(of.frames.items()), dtype=float).reshape(-1, 2)
     if not len(known):
         return np.full(len(frames), np.nan)
@@ -296,59 +305,12 @@ def _multiples_panel(runs: Runs) -> Panel:
 
 def _last_panel(runs: Runs) -> Panel:
     def draw(choices: Choices) -> Figure:  # noqa: ARG001
-        marks = method_marks(runs)
-        data: list[dict[str, Any]] = []
-        said = []
-        for name, group in methods(runs).items():
-            last = {of.mark.label: _last_tenth(returns(of)[2]) for of in group}
-            values = np.array([v for v in last.values() if np.isfinite(v)])
-            if not values.size:
-                continue
-            mean, low, high = interquartile_mean(values)
-            label = for_plotly(name, 40)
-            said.append(f"{name} {mean:.3g}")
-            data += [
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "x": rounded(last.values()),
-                    "y": [label] * len(last),
-                    "hovertext": [for_plotly(run, 60) for run in last],
-                    "hovertemplate": "%{hovertext}: %{x:.4g}<extra></extra>",
-                    "marker": {"size": 7, "color": marks[name].colour, "opacity": 0.55},
-                    "showlegend": False,
-                },
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "x": rounded([mean]),
-                    "y": [label],
-                    "error_x": {
-                        "type": "data",
-                        "symmetric": False,
-                        "array": rounded([high - mean]),
-                        "arrayminus": rounded([mean - low]),
-                        "color": marks[name].colour,
-                        "thickness": 2,
-                    },
-                    "hovertemplate": "interquartile mean %{x:.4g}<extra></extra>",
-                    "marker": {
-                        "size": 15,
-                        "symbol": "line-ns",
-                        "line": {"width": 3, "color": marks[name].colour},
-                    },
-                    "showlegend": False,
-                },
-            ]
-        return {
-            "data": data,
-            "layout": {
-                "xaxis": {"title": {"text": "mean episode return"}},
-                "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
-                "annotations": [] if data else message("no episode has ended yet"),
-                "meta": {"alt": "Returns at the end: " + "; ".join(said)},
-            },
+        found = {
+            name: {of.mark.label: last_tenth(returns(of)[2]) for of in group}
+            for name, group in methods(runs).items()
         }
+        axis = {"title": {"text": "mean episode return"}}
+        return ends_figure(found, method_marks(runs), axis, "no episode has ended yet")
 
     return Panel(
         name="returns-last",
@@ -356,11 +318,97 @@ def _last_panel(runs: Runs) -> Panel:
         reading="Dots: runs; bar: interquartile mean with its 95 % interval across seeds.",
         definition="Mean over the last tenth of the updates in which an episode ended.",
         parts=[Part(depends=(), draw=draw)],
-        height=max(240, 90 + 46 * len(methods(runs))),
+        height=ends_height(runs),
     )
 
 
-def _last_tenth(values: np.ndarray) -> float:
+def ends_height(runs: Runs) -> int:
+    """Choose the height of a panel with a row for each method.
+
+    Args:
+        runs: The runs by name.
+
+    Returns:
+        CSS pixels.
+    """
+    return max(240, 90 + 46 * len(methods(runs)))
+
+
+def ends_figure(
+    found: Mapping[str, Mapping[str, float]],
+    marks: Mapping[str, Mark],
+    axis: Mapping[str, Any],
+    empty: str,
+) -> Figure:
+    """Draw a number of each run, and each method's interquartile mean with its interval.
+
+    Args:
+        found: By method and run, NaN where there is none.
+        marks: The methods' colours.
+        axis: The x axis.
+        empty: What to say if there is nothing to draw.
+
+    Returns:
+        The figure: for each method its runs, then its mean.
+    """
+    data: list[dict[str, Any]] = []
+    said = []
+    for name, last in found.items():
+        values = np.array([value for value in last.values() if np.isfinite(value)])
+        if not values.size:
+            continue
+        mean, low, high = interquartile_mean(values)
+        label, colour = for_plotly(name, 40), marks[name].colour
+        said.append(f"{name} {mean:.3g}")
+        data += [
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": rounded(last.values()),
+                "y": [label] * len(last),
+                "hovertext": [for_plotly(run, 60) for run in last],
+                "hovertemplate": "%{hovertext}: %{x:.4g}<extra></extra>",
+                "marker": {"size": 7, "color": colour, "opacity": 0.55},
+                "showlegend": False,
+            },
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": rounded([mean]),
+                "y": [label],
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": rounded([high - mean]),
+                    "arrayminus": rounded([mean - low]),
+                    "color": colour,
+                    "thickness": 2,
+                },
+                "hovertemplate": "interquartile mean %{x:.4g}<extra></extra>",
+                "marker": {"size": 15, "symbol": "line-ns", "line": {"width": 3, "color": colour}},
+                "showlegend": False,
+            },
+        ]
+    return {
+        "data": data,
+        "layout": {
+            "xaxis": dict(axis),
+            "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
+            "annotations": [] if data else message(empty),
+            "meta": {"alt": "At the end: " + "; ".join(said) if said else empty},
+        },
+    }
+
+
+def last_tenth(values: np.ndarray) -> float:
+    """Average the end of a curve.
+
+    Args:
+        values: Its heights.
+
+    Returns:
+        The mean of the last tenth, at least of the last; NaN if there is none.
+    """
     return float(values[-max(1, len(values) // 10) :].mean()) if len(values) else float("nan")
 
 

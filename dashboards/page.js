@@ -151,9 +151,9 @@
     }
     const updates = chunk.updates || page.stops.map((stop) => stop.update);
     let update = null;
-    if (part.depends.includes("update") && updates.length) {
-      update = nearest(updates, Number(chosen.update));
-      values.update = String(update);
+    if (part.depends.includes("update")) {
+      if (updates.length) update = nearest(updates, Number(chosen.update));
+      values.update = String(update || 0);
     }
     const key = part.depends.filter((name) => name !== "run").map((name) => values[name]).join("\u001f");
     const place = own(chunk.at, key) ? chunk.at[key] : -1;

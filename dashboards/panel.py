@@ -18,6 +18,8 @@ sentence; `click`, for an attribute of a clicked point the name of the choice th
 names, if it holds a list); `empty`, that there is nothing to draw.
 """
 
+Draw = Callable[[Choices], Figure]
+
 _JOINED = ("shapes", "annotations")
 
 
@@ -38,7 +40,7 @@ class Part:
     """
 
     depends: tuple[str, ...]
-    draw: Callable[[Choices], Figure]
+    draw: Draw
     updates: Callable[[Choices], Sequence[int]] | None = None
     symmetric: bool = False
 

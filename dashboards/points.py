@@ -8,7 +8,7 @@ import numpy as np
 from dashboards.choices import Choices
 from dashboards.colours import OKABE_ITO, SEQUENTIAL, Mark
 from dashboards.panel import Figure, Part
-from dashboards.style import rounded
+from dashboards.style import QUIET, rounded
 from dashboards.tables import RunTables
 from dashboards.text import for_plotly
 
@@ -44,7 +44,7 @@ def agent_trace(
         "textfont": {"size": 11},
         "cliponaxis": False,
         "marker": marker(marks, size=11 if labelled else 9),
-        "unselected": {"marker": {"opacity": 0.85}},
+        "unselected": {"marker": {"opacity": 0.85}, "textfont": {"color": QUIET}},
         "selected": {"marker": {"size": 17, "opacity": 1}},
         "showlegend": False,
     } | axes

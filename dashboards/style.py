@@ -40,6 +40,7 @@ def template(theme: str) -> dict[str, Any]:
         "ticks": "outside",
         "tickcolor": colours["axis"],
         "ticklen": 4,
+        "exponentformat": "power",
         "automargin": True,
         "title": {"font": {"size": 13}, "standoff": 10},
     }

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from functools import cached_property
 
+from dashboards.behaviour_tab import behaviour_tab
 from dashboards.choices import Choices
 from dashboards.colours import Mark, run_marks
+from dashboards.compare_tab import compare_tab
 from dashboards.embeddings_tab import COLOURS, PERPLEXITIES, embeddings_tab
+from dashboards.gradients_tab import gradients_tab
 from dashboards.interference_tab import interference_tab
 from dashboards.overview_tab import method_marks, methods, overview_tab
 from dashboards.panel import Panel, Tab
@@ -21,7 +24,10 @@ _FIRST = ("episode_return", "evaluation_return", "conflict_rate", "mean_cosine",
 TABS = {
     "overview": overview_tab,
     "interference": interference_tab,
+    "gradients": gradients_tab,
     "embeddings": embeddings_tab,
+    "behaviour": behaviour_tab,
+    "compare": compare_tab,
 }
 """What makes the tabs, in order."""
 
