@@ -43,7 +43,7 @@ def across_seeds(
     if len(values) == 1:
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     found = stats.bootstrap(
-        (values,),
+        (_known(values),),
         _MEAN,
         vectorized=True,
         axis=0,
@@ -79,7 +79,7 @@ def difference_across_seeds(
         return _MEAN(a, axis=axis) - _MEAN(b, axis=axis)
 
     found = stats.bootstrap(
-        (values, others),
+        (_known(values), _known(others)),
         statistic,
         vectorized=True,
         axis=0,
@@ -126,3 +126,8 @@ def at_equal_frames(
 
 def _of_finite(values: Float[np.ndarray, "seed point"]) -> Float[np.ndarray, " point"]:
     return np.where(np.isfinite(values).all(0), _MEAN(values, axis=0), np.nan)
+
+
+def _known(values: Float[np.ndarray, "seed point"]) -> Float[np.ndarray, "seed point"]:
+    """Put 0 where a point is NaN in the end, as SciPy warns of what is not finite."""
+    return np.where(np.isfinite(values).all(0), values, 0.0)
