@@ -6,6 +6,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,11 @@ from gradlab.run_writer import LOCK_FILE, RECORDS_FILE, RUN_FILE, SCHEMA, is_run
 
 _EMBEDDING = "embedding_"
 _LAST = 2**63 - 1  # the largest number that the store holds
+
+
+def _notebook() -> Any:  # noqa: ANN401 -- a module
+    """What draws, imported when something is to be drawn: the core never needs plotly."""
+    return import_module("dashboards.notebook")
 
 
 class _Quantity(NamedTuple):
@@ -94,6 +100,19 @@ class Run:
             f"<gradlab run {self.name!r}: {self.info.get('method', 'unknown method')} on "
             f"{self.info.get('environment', 'unknown environment')}, {self.state}>"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return str(_notebook().summary(self))
+
+    @property
+    def plot(self) -> Any:  # noqa: ANN401 -- what draws is not imported here
+        """The dashboard's panels as plotly figures: `dashboards.notebook.Plots`.
+
+        E.g. `run.plot.embeddings(update=100, method="pca")`, `run.plot.interference()`,
+        `run.plot("pair-history", agent=0, other=2)`; `run.plot.panels` names them all.
+        """
+        return _notebook().Plots(self)
 
     @property
     def config(self) -> dict[str, Any]:

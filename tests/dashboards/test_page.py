@@ -333,6 +333,7 @@ def test_a_lost_run_file_and_no_diagnostics_still_make_a_page(write_run, tmp_pat
     page = opened(tmp_path / "page.html")
     assert not page.locator("#update").is_visible()
     show(page, "tab=interference")
+    drawn(page, "Coupling")
     assert "not recorded" in panel(page, "Coupling").locator(".annotation-text").text_content()
     assert "run.json is missing" in page.locator(".problems").inner_text()
     assert complaints(page) == []
