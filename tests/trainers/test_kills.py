@@ -79,8 +79,11 @@ def killed_again_and_again(processes, tmp_path, case, *, files, kills, seed, lon
     return updates
 
 
-@pytest.mark.parametrize("files", [ANYWHERE, WRITING], ids=["anywhere", "writing"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "files"),
+    [("game", WRITING), ("navigation", ANYWHERE)],
+    ids=["game-writing", "navigation-anywhere"],
+)
 def test_run_killed_several_times_ends_to_the_same_bits(processes, tmp_path, case, files):
     updates = killed_again_and_again(processes, tmp_path, case, files=files, kills=4, seed=3)
     assert len(set(updates)) > 1, updates  # it was not always killed at the beginning

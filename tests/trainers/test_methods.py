@@ -346,12 +346,18 @@ def test_table_of_the_docs_is_that_of_the_methods():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "fups-id-nostate"},
-        {"method": "hypermarl-no-rf"},
-        {"hypernetwork": {"shared_trunk": True, "embedding": "orthogonal"}},
-        {"actor_method": "hypermarl", "critic_method": "fups", "network": {"match": "fups-id"}},
+        pytest.param({"method": "fups-id-nostate"}, id="nostate", marks=pytest.mark.slow),
+        pytest.param({"method": "hypermarl-no-rf"}, id="no-rf", marks=pytest.mark.slow),
+        pytest.param(
+            {"hypernetwork": {"shared_trunk": True, "embedding": "orthogonal"}},
+            id="shared trunk",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"actor_method": "hypermarl", "critic_method": "fups", "network": {"match": "fups-id"}},
+            id="apart",
+        ),
     ],
-    ids=["nostate", "no-rf", "shared trunk", "apart"],
 )
 def test_specialisation_is_learned(tmp_path, settings):
     run = small(

@@ -46,9 +46,12 @@ def test_example_of_the_page_is_short_and_passes_the_test_of_pettingzoo(folder):
 
 
 def test_own_environment_trains_resumes_and_is_evaluated_from_its_folder(folder, capsys):
-    (folder / "mine").mkdir()
+    for own in ("mine", "analyses", "dashboards"):  # two that are called like gradlab's
+        (folder / own).mkdir()
+        (folder / own / "__init__.py").touch()
     (folder / "mine" / "posts.py").write_text(example())
     train = ["train", "--env", "mine.posts:Posts", *OPTIONS, "--env-arg", "length=6"]
+    train += ["--diagnostics", "light"]
     # the console script's path does not hold the current directory
     code = "import sys; from gradlab.__main__ import main; sys.path.remove(''); main()"
     command = [sys.executable, "-c", code, *train, "--frames", "160", "--out", "parts"]

@@ -159,8 +159,8 @@ HYPERNETWORKS = ["navigation-4ag-half", *(name for name in HERE if "navigation" 
 
 
 def once_compiled(name, method):
-    """A case; all but one of the maps that take seconds to compile are left to the slow tests."""
-    slow = name.startswith("smax") and (name, method) != ("smax-2s3z", "fups-id")
+    """A case; maps take seconds to compile and are left to the slow tests."""
+    slow = name.startswith("smax")
     return pytest.param(name, method, marks=[pytest.mark.slow] if slow else [])
 
 

@@ -162,7 +162,13 @@ def test_diverged_network_is_named_and_the_other_one_measured():
     assert np.isfinite(found["effective_rank"].values).tolist() == [True, False]
 
 
-@pytest.mark.parametrize("method", ["hypermarl", "fups-id", "nops"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "hypermarl",
+        *(pytest.param(method, marks=pytest.mark.slow) for method in ("fups-id", "nops")),
+    ],
+)
 def test_specialisation_is_learned(tmp_path, method):
     _, run = train(
         tmp_path / "r",

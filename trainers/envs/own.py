@@ -82,8 +82,9 @@ def _found(name: str) -> Callable[..., Any]:
             f"my_package.my_module{SEPARATOR}make_env. Got {name!r}."
         )
     here = os.getcwd()
-    if here not in sys.path:  # a console script's does not have it, `python -m` has
-        sys.path.insert(0, here)
+    # A console script's path does not have it, that of `python -m` has. In front while the module
+    # is looked for, behind afterwards: a folder in it may be called like a package of gradlab's.
+    sys.path.insert(0, here)
     try:
         with in_one_line(f"{name}: importing {module}", UsageError):
             found = importlib.import_module(module)
@@ -95,6 +96,10 @@ def _found(name: str) -> Callable[..., Any]:
                 "Start gradlab in the folder that it is in, or install it."
             ) from None
         raise
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)
     make: object = getattr(found, attribute, None)
     if not callable(make):
         known = [
