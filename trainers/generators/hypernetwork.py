@@ -167,33 +167,44 @@ class HyperNetwork(Generator):
 
     @torch.no_grad()
     def pull_back(self, z: Theta, agents: Int[Tensor, " row"]) -> dict[str, PerSample]:
-        """See `Generator.pull_back`: the chain rule, row by row; features are made once."""
-        found: dict[str, PerSample] = {}
-        embedded = self.embedding[agents]
-        of_embedding = torch.zeros_like(embedded)
+        """See `Generator.pull_back`: the chain rule, row by row.
 
-        def linear(place: str, layer: nn.Linear, own: Tensor, gradient: Tensor) -> Tensor:
-            """Note the gradients of a layer that reads `own`; returns those of what it reads."""
+        All trunks have the same widths and go together: many small operations are what costs.
+        """
+        found: dict[str, PerSample] = {}
+
+        def note(place: str, layer: nn.Linear, own: Tensor, gradient: Tensor) -> None:
+            """Note the gradients of a layer that reads `own`."""
             found[f"{place}.weight"] = Outer(own[None, :, None], gradient[None, :, None])
             if layer.bias is not None:
                 found[f"{place}.bias"] = Rows(gradient[None])
-            return gradient @ layer.weight
 
-        for path, trunk, names in self._trunks():
-            reads = [self.embedding]
-            passed: list[tuple[str, nn.Linear]] = []
-            for place, module in trunk.named_children():
-                if isinstance(module, nn.Linear):
-                    passed.append((place, module))
-                    reads.append(module(reads[-1]).relu())
-            own = [embedded, *(read[agents] for read in reads[1:])]
-            gradient = torch.zeros_like(own[-1])
+        trunks = self._trunks()
+        steps = [  # for each step into the trunks, the layers that stand there
+            [
+                (f"{path}.{place}", layer)
+                for (path, _, _), (place, layer) in zip(trunks, step, strict=True)
+            ]
+            for step in zip(*(_linear_layers(trunk) for _, trunk, _ in trunks), strict=True)
+        ]
+        weights = [torch.stack([layer.weight for _, layer in step]) for step in steps]
+        reads = [self.embedding.expand(len(trunks), -1, -1)]
+        for step, weight in zip(steps, weights, strict=True):
+            bias = torch.stack([layer.bias for _, layer in step])[:, None]
+            reads.append(torch.baddbmm(bias, reads[-1], weight.mT).relu_())
+        own = [read[:, agents] for read in reads]
+        gradient = torch.zeros_like(own[-1])
+        for of_trunk, read, (_, _, names) in zip(gradient, own[-1], trunks, strict=True):
             for name in names:
-                gradient += linear(_of_head(name), self._head(name), own[-1], z[name].flatten(1))
-            for number, (place, module) in reversed([*enumerate(passed)]):
-                gradient = gradient * (own[number + 1] > 0)  # back through the ReLU
-                gradient = linear(f"{path}.{place}", module, own[number], gradient)
-            of_embedding += gradient
+                head, rows = self._head(name), z[name].flatten(1)
+                note(_of_head(name), head, read, rows)
+                of_trunk.addmm_(rows, head.weight)
+        for number, step in reversed([*enumerate(steps)]):
+            gradient *= own[number + 1] > 0  # back through the ReLU
+            for (place, layer), read, rows in zip(step, own[number], gradient, strict=True):
+                note(place, layer, read, rows)
+            gradient = gradient @ weights[number]
+        of_embedding = gradient.sum(0)
         if self.learned:
             found["embedding"] = Lookup(
                 agents[None, :, None], of_embedding[None, :, None], self.embedding.shape
@@ -293,6 +304,10 @@ class HyperNetwork(Generator):
             assert isinstance(trunk, nn.Sequential)
             found.append((f"parts.{name.replace('.', '/')}.trunk", trunk, (name,)))
         return found
+
+
+def _linear_layers(trunk: nn.Sequential) -> list[tuple[str, nn.Linear]]:
+    return [(name, layer) for name, layer in trunk.named_children() if isinstance(layer, nn.Linear)]
 
 
 def _of_memory(name: str) -> str:
