@@ -343,8 +343,8 @@ def _passing_panel(runs: Runs) -> Panel:
                 {
                     "type": "scatter",
                     "mode": "markers",
-                    "x": decimals(x),
-                    "y": decimals(y),
+                    "x": decimals(x, 2 if many else 3),
+                    "y": decimals(y, 2 if many else 3),
                     "customdata": [list(pair) for pair in of.pairs],
                     "hovertemplate": "agents %{customdata[0]} and %{customdata[1]}<br>cosine of Z "
                     "%{x:.3f}, of g %{y:.3f}<extra></extra>",

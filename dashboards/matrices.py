@@ -49,7 +49,9 @@ def matrix_figure(
     numbers = [str(number) for number in range(agents)]
     names = [for_plotly(elide(mark.label, 40)) for mark in marks]
     large = limits[1] != 1
-    cells = [rounded(row) for row in values] if large else decimals(values)
+    # Where no numbers are written, colours do not show a third decimal.
+    places = 3 if agents <= MOST_LABELLED else 2
+    cells = [rounded(row) for row in values] if large else decimals(values, places)
     axis = {
         "type": "category",
         "showgrid": False,
