@@ -243,6 +243,7 @@ def _transference_panel(runs: Runs) -> Panel:
             limits=(-(end or 1e-12), end or 1e-12),
             diverging=True,
             empty=NOT_RECORDED,
+            form=".1e",
             rows="agent that steps",
             columns="agent whose loss changes",
         )

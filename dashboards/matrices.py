@@ -23,6 +23,7 @@ def matrix_figure(
     diverging: bool,
     faded: np.ndarray | None = None,
     structural_zeros: bool = False,
+    form: str = ".2f",
     empty: str = "",
     rows: str = "agent",
     columns: str = "other agent",
@@ -38,6 +39,7 @@ def matrix_figure(
         faded: Which cells are undecided [agent, agent_other].
         structural_zeros: Whether zeros off the diagonal are none by measurement; they are then
             written "0*".
+        form: How numbers are written, as d3 has it.
         empty: What to say if all is undefined.
         rows: What the rows are.
         columns: What the columns are.
@@ -86,9 +88,7 @@ def matrix_figure(
             "outlinewidth": 0,
             "nticks": 5,
         },
-        "texttemplate": ("%{text}" if structural_zeros else "%{z:.2g}" if large else "%{z:.2f}")
-        if labelled
-        else "",
+        "texttemplate": ("%{text}" if structural_zeros else f"%{{z:{form}}}") if labelled else "",
         "textfont": {"size": 13 if agents <= 6 else 10},
     }
     if structural_zeros and labelled:
@@ -99,7 +99,7 @@ def matrix_figure(
             ]
             for i, row in enumerate(cells)
         ]
-    mask = {
+    mask: dict[str, Any] = {
         "type": "heatmap",
         "z": [[1 if cell else None for cell in row] for row in faded.tolist()]
         if faded is not None
@@ -114,6 +114,13 @@ def matrix_figure(
         "xgap": 1,
         "ygap": 1,
     }
+    if faded is not None and labelled:
+        # What is under the mask is too pale to be read.
+        mask |= {
+            "text": [["" if cell is None else f"{cell:.2f}" for cell in row] for row in cells],
+            "texttemplate": "%{text}",
+            "textfont": {"size": 13 if agents <= 6 else 10, "color": "#4a545e"},
+        }
     found = np.isfinite(values).any()
     return {
         "data": [trace, mask],

@@ -99,9 +99,7 @@ def gradients(rng, wants):
         "cancelled_norm": of(rng.random((2, 2, len(LAYERS))), *place),
         "norm": of(lengths, *place, "agent", unit="loss"),
         "squared_norm_debiased": of(lengths**2, *place, "agent", unit="loss^2"),
-        "variance_mean": of(
-            lengths**2 * rng.random(lengths.shape), *place, "agent", unit="loss^2"
-        ),
+        "variance_mean": of(lengths**2 * rng.random(lengths.shape), *place, "agent", unit="loss^2"),
         "factorisation_gap": of(np.zeros(2), "network"),
         "residual": of(1e-16 * (1 + rng.random(2)), "network"),
     }
