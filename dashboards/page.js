@@ -163,7 +163,7 @@
   function overlay(target, patch) {
     for (const [name, value] of Object.entries(patch)) {
       if (value === null) delete target[name];
-      else target[name] = structuredClone(value);
+      else target[name] = value;
     }
   }
 
@@ -171,23 +171,25 @@
     const first = picked[0].frame;
     if (!first) return null;
     const whole = first.whole || chunks[0].base;
-    const data = structuredClone(whole.data);
-    const layout = structuredClone(whole.layout);
+    // Plotly takes an array for unchanged if it is the same one, so what does not differ is shared.
+    const data = whole.data.map((trace) => ({ ...trace }));
+    const layout = { ...whole.layout };
     if (!first.whole) {
       (first.data || []).forEach((patch, i) => overlay(data[i], patch));
       overlay(layout, first.layout || {});
     }
-    if (layout.meta && layout.meta.empty) return { data, layout };
+    if (layout.meta && layout.meta.empty) return { data, layout: structuredClone(layout) };
     for (const { frame } of picked.slice(1)) {
       if (!frame) continue;
-      (frame.data || []).slice(0, data.length).forEach((patch, i) => Object.assign(data[i], structuredClone(patch)));
+      (frame.data || []).slice(0, data.length).forEach((patch, i) => Object.assign(data[i], patch));
       for (const [name, value] of Object.entries(frame.layout || {})) {
-        if (name === "shapes" || name === "annotations") layout[name] = [...(layout[name] || []), ...structuredClone(value)];
-        else if (isObject(value) && isObject(layout[name])) layout[name] = { ...layout[name], ...structuredClone(value) };
-        else layout[name] = structuredClone(value);
+        if (name === "shapes" || name === "annotations") layout[name] = [...(layout[name] || []), ...value];
+        else if (isObject(value) && isObject(layout[name])) layout[name] = { ...layout[name], ...value };
+        else layout[name] = value;
       }
     }
-    return { data, layout };
+    // Plotly writes into a layout.
+    return { data, layout: structuredClone(layout) };
   }
 
   // ---- drawing ----
@@ -294,7 +296,7 @@
       }
       schedule();
     },
-    { rootMargin: "120px" }
+    { rootMargin: "40px" }
   );
 
   // ---- taking figures away ----

@@ -153,7 +153,7 @@ def measure(file):
         for _ in range(3):
             page = browser.new_page(viewport={"width": 1400, "height": 900})
             began = time.perf_counter()
-            page.goto(file.as_uri())
+            page.goto(file.as_uri(), timeout=120_000)
             page.wait_for_selector("html[data-ready=yes]")
             opening.append(time.perf_counter() - began)
             if len(opening) < 3:

@@ -44,6 +44,7 @@ def opened(browser):
 
     def open_file(file, query=""):
         page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(90_000)
         pages.append(page)
         page.said, page.asked = [], []
         page.on("console", lambda message: page.said.append(message.text))
@@ -55,7 +56,7 @@ def opened(browser):
             ),
         )
         page.goto(f"{file.as_uri()}#{query}" if query else file.as_uri())
-        page.wait_for_selector("html[data-ready=yes]", timeout=30_000)
+        page.wait_for_selector("html[data-ready=yes]", timeout=90_000)
         return page
 
     yield open_file
@@ -94,7 +95,7 @@ def show(page, query):
 
 def settle(page):
     page.evaluate("() => new Promise(d => requestAnimationFrame(() => requestAnimationFrame(d)))")
-    page.wait_for_selector("html[data-drawn=yes]", timeout=30_000)
+    page.wait_for_selector("html[data-drawn=yes]", timeout=90_000)
 
 
 def panel(page, title):
@@ -106,7 +107,7 @@ def drawn(page, title):
     found = panel(page, title)
     found.scroll_into_view_if_needed()
     plot = found.locator(".plot")
-    plot.locator(".main-svg").first.wait_for(timeout=30_000)
+    plot.locator(".main-svg").first.wait_for(timeout=90_000)
     settle(page)
     return plot.evaluate(
         "d => d.data.map(t => ({x: t.x, y: t.y, z: t.z, name: t.name, at: t.selectedpoints}))"
