@@ -19,11 +19,12 @@ def headline(run: Run, network: str = "actor") -> str:
         falls from 1.00 to 0.18." All of g, what the trained parameters get to feel; of Z where
         agents share nothing.
     """
-    if "cosine" not in run.quantities or not run.quantity("cosine").size:
+    if "cosine" not in run.quantities or not run.updates("cosine"):
         return "No diagnostics recorded."
-    if network not in run.quantity("cosine")["network"].to_numpy():
+    axes = run.axes("cosine")
+    if network not in axes["network"]:
         return f"No diagnostics of the {network} recorded."
-    agents = run.quantity("cosine").sizes["agent"]
+    agents = len(axes["agent"])
     if agents < 2:
         return "One agent, no pairs."
     alone = run.method_of(network) == "nops"
@@ -37,19 +38,18 @@ def headline(run: Run, network: str = "actor") -> str:
 
 
 def _conflict(run: Run, network: str, space: str) -> str:
-    pairs = np.triu_indices(run.quantity("cosine").sizes["agent"], k=1)
+    pairs = np.triu_indices(len(run.axes("cosine")["agent"]), k=1)
     total = len(pairs[0])
     noun = "pair" if total == 1 else "pairs"
-    if "verdict" not in run.quantities or not run.quantity("verdict").size:
-        cosine = (
-            run.quantity("cosine").isel(update=-1).sel(network=network, space=space, layer="all")
-        )
+    if "verdict" not in run.quantities or not run.updates("verdict"):
+        where = {"network": network, "space": space, "layer": "all"}
+        cosine = run.quantity("cosine", since=run.updates("cosine")[-1], where=where)[-1]
         negative = int((cosine.to_numpy()[pairs] < 0).sum())
         return (
             f"{negative} of {total} {noun} with a negative plug-in cosine at the end, which noise "
             "alone can make; no verdicts recorded"
         )
-    verdict = run.quantity("verdict").sel(network=network, space=space)
+    verdict = run.quantity("verdict", where={"network": network, "space": space})
     whole = verdict.sel(layer="all").to_numpy()[:, pairs[0], pairs[1]]
     counts = (whole == CONFLICT).sum(1)
     updates = verdict["update"].to_numpy()

@@ -1,7 +1,87 @@
 // Draws the panels that are in sight for what is chosen; one selection, kept in the address, moves all.
 "use strict";
-(function () {
-  const page = JSON.parse(document.getElementById("page-data").textContent);
+window.gradlab = window.gradlab || {};
+
+// Where a page finds its figures' parts that holds them all: in chunks of itself.
+gradlab.chunks = function (page) {
+  const own = (object, key) => Object.prototype.hasOwnProperty.call(object, key);
+  const loaded = new Map();
+  function load(id) {
+    if (!loaded.has(id)) {
+      const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (letter) => letter.charCodeAt(0));
+      const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+      const entry = { chunk: null };
+      entry.ready = new Response(stream).json().then((chunk) => (entry.chunk = chunk));
+      loaded.set(id, entry);
+    }
+    return loaded.get(id);
+  }
+
+  // The newest update at or before the chosen one, or the first one if all are later.
+  function nearest(updates, wanted) {
+    let low = 0;
+    let high = updates.length - 1;
+    while (low < high) {
+      const middle = (low + high + 1) >> 1;
+      if (updates[middle] <= wanted) low = middle;
+      else high = middle - 1;
+    }
+    return updates[low];
+  }
+
+  function overlay(target, patch) {
+    for (const [name, value] of Object.entries(patch)) {
+      if (value === null) delete target[name];
+      else target[name] = value;
+    }
+    return target;
+  }
+
+  function whole(chunk, frame) {
+    if (frame.whole) return frame.whole;
+    const changes = frame.data || [];
+    return {
+      data: chunk.base.data.map((trace, i) => overlay({ ...trace }, changes[i] || {})),
+      layout: overlay({ ...chunk.base.layout }, frame.layout || {}),
+    };
+  }
+
+  function pick(part, first, chunk, chosen) {
+    const values = { ...chosen };
+    if (part.symmetric && Number(values.agent) > Number(values.other)) {
+      [values.agent, values.other] = [values.other, values.agent];
+    }
+    const updates = chunk.updates || page.stops.map((stop) => stop.update);
+    let update = null;
+    if (part.depends.includes("update")) {
+      if (updates.length) update = nearest(updates, Number(chosen.update));
+      values.update = String(update || 0);
+    }
+    const key = part.depends.filter((name) => name !== "run").map((name) => values[name]).join("\u001f");
+    const place = own(chunk.at, key) ? chunk.at[key] : -1;
+    const frame = place < 0 ? null : chunk.frames[place];
+    return {
+      key: place,
+      update: chunk.updates ? update : null,
+      figure: () => (first && frame ? whole(chunk, frame) : frame),
+    };
+  }
+
+  return {
+    live: false,
+    parts(panel, chosen) {
+      const entries = panel.chunks.map((places) => load(own(places, chosen.run) ? places[chosen.run] : places[""]));
+      const waiting = entries.filter((entry) => !entry.chunk).map((entry) => entry.ready);
+      if (waiting.length) return Promise.all(waiting);
+      return panel.parts.map((part, i) => pick(part, i === 0, entries[i].chunk, chosen));
+    },
+  };
+};
+
+// Show a page; `source.parts(panel, chosen)` gives for each part of a panel its figure, the update
+// that it shows (null: none in particular) and a key that differs where the figure does; or, if they
+// are not there yet, a promise to wait for before asking again.
+gradlab.show = function (page, source) {
   const root = document.documentElement;
   const byId = (id) => document.getElementById(id);
   const slider = byId("update");
@@ -19,6 +99,7 @@
 
   // ---- what is chosen ----
   let chosen = { ...page.defaults };
+  let follow = source.live; // whether the newest update is shown, whichever that is
   let theme = null; // null: as the system
 
   function allowed(name, value, run) {
@@ -35,8 +116,11 @@
       if (own(next, name) && allowed(name, value, next.run)) next[name] = value;
     }
     theme = ["light", "dark"].includes(query.get("theme")) ? query.get("theme") : null;
+    follow = source.live && !query.has("update");
     chosen = fitted(next);
   }
+
+  const newest = () => String(page.stops.length ? page.stops[page.stops.length - 1].update : 0);
 
   // Another run may lack the layer or the agents that were chosen.
   function fitted(next) {
@@ -53,6 +137,7 @@
     address = setTimeout(() => {
       const query = new URLSearchParams(Object.entries(chosen).filter(([, value]) => value !== ""));
       if (theme) query.set("theme", theme);
+      if (follow) query.delete("update");
       try {
         history.replaceState(null, "", `#${query}`);
       } catch {
@@ -62,6 +147,7 @@
   }
 
   function choose(changes) {
+    if (changes.update !== undefined) follow = source.live && changes.update === newest();
     chosen = fitted({ ...chosen, ...changes });
     showControls();
     writeAddress();
@@ -106,10 +192,13 @@
     }
     if (page.stops.length) {
       const place = stopAt(Number(chosen.update));
+      slider.max = page.stops.length - 1;
       if (document.activeElement !== slider || Number(slider.value) !== place) slider.value = place;
       output.textContent = page.stops[place].label;
       slider.setAttribute("aria-valuetext", output.textContent);
     }
+    byId("follow").hidden = !source.live;
+    byId("follow").setAttribute("aria-pressed", String(follow));
     for (const tab of page.tabs) {
       const button = byId(`tab-${tab.name}`);
       const open = tab.name === chosen.tab;
@@ -119,67 +208,14 @@
     }
   }
 
-  // ---- frames ----
-  const loaded = new Map();
-  function load(id) {
-    if (!loaded.has(id)) {
-      const bytes = Uint8Array.from(atob(byId(id).textContent), (letter) => letter.charCodeAt(0));
-      const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-      const entry = { chunk: null };
-      entry.ready = new Response(stream).json().then((chunk) => (entry.chunk = chunk));
-      loaded.set(id, entry);
-    }
-    return loaded.get(id);
-  }
-
-  // The newest update at or before the chosen one, or the first one if all are later.
-  function nearest(updates, wanted) {
-    let low = 0;
-    let high = updates.length - 1;
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (updates[middle] <= wanted) low = middle;
-      else high = middle - 1;
-    }
-    return updates[low];
-  }
-
-  function pick(part, chunk) {
-    const values = { ...chosen };
-    if (part.symmetric && Number(values.agent) > Number(values.other)) {
-      [values.agent, values.other] = [values.other, values.agent];
-    }
-    const updates = chunk.updates || page.stops.map((stop) => stop.update);
-    let update = null;
-    if (part.depends.includes("update")) {
-      if (updates.length) update = nearest(updates, Number(chosen.update));
-      values.update = String(update || 0);
-    }
-    const key = part.depends.filter((name) => name !== "run").map((name) => values[name]).join("\u001f");
-    const place = own(chunk.at, key) ? chunk.at[key] : -1;
-    return { place, update: chunk.updates ? update : null, frame: chunk.frames[place] };
-  }
-
-  function overlay(target, patch) {
-    for (const [name, value] of Object.entries(patch)) {
-      if (value === null) delete target[name];
-      else target[name] = value;
-    }
-  }
-
-  function compose(chunks, picked) {
-    const first = picked[0].frame;
-    if (!first) return null;
-    const whole = first.whole || chunks[0].base;
+  // ---- figures ----
+  function compose(figures) {
+    if (!figures[0]) return null;
     // Plotly takes an array for unchanged if it is the same one, so what does not differ is shared.
-    const data = whole.data.map((trace) => ({ ...trace }));
-    const layout = { ...whole.layout };
-    if (!first.whole) {
-      (first.data || []).forEach((patch, i) => overlay(data[i], patch));
-      overlay(layout, first.layout || {});
-    }
+    const data = figures[0].data.map((trace) => ({ ...trace }));
+    const layout = { ...figures[0].layout };
     if (layout.meta && layout.meta.empty) return { data, layout: structuredClone(layout) };
-    for (const { frame } of picked.slice(1)) {
+    for (const frame of figures.slice(1)) {
       if (!frame) continue;
       (frame.data || []).slice(0, data.length).forEach((patch, i) => Object.assign(data[i], patch));
       for (const [name, value] of Object.entries(frame.layout || {})) {
@@ -210,16 +246,13 @@
   }
 
   function figureOf(panel) {
-    const entries = panel.parts.map((part) => load(own(part.chunks, chosen.run) ? part.chunks[chosen.run] : part.chunks[""]));
-    const waiting = entries.filter((entry) => !entry.chunk).map((entry) => entry.ready);
-    if (waiting.length) return Promise.all(waiting).then(() => null);
-    const chunks = entries.map((entry) => entry.chunk);
-    const picked = panel.parts.map((part, i) => pick(part, chunks[i]));
-    const dated = picked.find((one) => one.update !== null);
+    const parts = source.parts(panel, chosen);
+    if (parts instanceof Promise) return parts;
+    const dated = parts.find((one) => one.update !== null);
     return {
-      key: JSON.stringify([themed(), chosen.run, picked.map((one) => one.place)]),
+      key: JSON.stringify([themed(), chosen.run, parts.map((one) => one.key)]),
       update: dated ? dated.update : null,
-      compose: () => compose(chunks, picked),
+      compose: () => compose(parts.map((one) => one.figure())),
     };
   }
 
@@ -370,6 +403,10 @@
       else slide(Number(slider.value) + 1);
     }, 500);
   });
+  byId("follow").addEventListener("click", () => {
+    stop();
+    choose({ update: newest() });
+  });
   slider.addEventListener("input", () => {
     stop();
     slide(slider.value);
@@ -434,4 +471,20 @@
   showTheme();
   showControls();
   document.querySelectorAll(".plot").forEach((plot) => observer.observe(plot));
-})();
+
+  return {
+    // Go on with what is newly recorded; the panels must be the same.
+    renew(next) {
+      next.panels.forEach((panel, i) => Object.assign(page.panels[i], panel));
+      page = { ...next, panels: page.panels };
+      chosen = fitted({ ...chosen, ...(follow ? { update: newest() } : {}) });
+      showControls();
+      schedule();
+    },
+  };
+};
+
+if (document.getElementById("page-data")) {
+  const page = JSON.parse(document.getElementById("page-data").textContent);
+  gradlab.show(page, gradlab.chunks(page));
+}

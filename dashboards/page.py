@@ -75,13 +75,41 @@ def page_html(runs: Sequence[Run], limits: Limits = LIMITS) -> str:
     """
     view = View(runs, limits)
     chunks: list[str] = []
-    numbers = {panel.name: number for number, panel in enumerate(view.panels.values())}
-    panels = [
-        _panel_data(view, panel, numbers[panel.name], chunks) for panel in view.panels.values()
-    ]
-    defaults = {name: str(value) for name, value in asdict(view.defaults()).items()}
+    data = page_data(view)
+    for panel, described in zip(view.panels.values(), data["panels"], strict=True):
+        described["chunks"] = _chunks(view, panel, chunks)
+    names = list(view.runs)
+    plotly = _as_parsed(get_plotlyjs())
+    script = _as_parsed(resource("page.js"))
+    return Template(resource("page.html")).substitute(
+        policy=_policy([plotly, script]),
+        title=for_html(f"gradlab: {', '.join(elide(name) for name in names)}"),
+        style=resource("page.css"),
+        body=page_body(view),
+        footer="Made by gradlab. This file is complete in itself and asks for nothing else.",
+        data=json_island(data),
+        chunks="\n".join(
+            f'<script type="text/plain" id="chunk-{number}">{chunk}</script>'
+            for number, chunk in enumerate(chunks)
+        ),
+        plotly=plotly,
+        script=script,
+    )
+
+
+def page_data(view: View) -> dict[str, Any]:
+    """Say what the page's script has to know.
+
+    Args:
+        view: What is shown.
+
+    Returns:
+        JSON: tabs, panels and their parts, what can be chosen, the slider's stops, and how figures
+        look.
+    """
+    numbers = _numbers(view)
     options = {name: view.options(name) for name in view.runs}
-    data = {
+    return {
         "tabs": [
             {
                 "name": tab.name,
@@ -90,8 +118,19 @@ def page_html(runs: Sequence[Run], limits: Limits = LIMITS) -> str:
             }
             for tab in view.tabs
         ],
-        "panels": panels,
-        "defaults": defaults,
+        "panels": [
+            {
+                "id": f"panel-{numbers[panel.name]}",
+                "name": panel.name,
+                "title": panel.title,
+                "parts": [
+                    {"depends": list(part.depends), "symmetric": part.symmetric}
+                    for part in panel.parts
+                ],
+            }
+            for panel in view.panels.values()
+        ],
+        "defaults": {name: str(value) for name, value in asdict(view.defaults()).items()},
         "common": {name: next(iter(options.values()))[name] for name in COMMON},
         "options": {
             run: {name: known for name, known in of.items() if name not in COMMON}
@@ -102,31 +141,43 @@ def page_html(runs: Sequence[Run], limits: Limits = LIMITS) -> str:
         "stops": [{"update": stop, "label": view.label(stop)} for stop in view.stops()],
         "themes": {theme: template(theme) for theme in THEMES},
     }
-    names = list(view.runs)
-    plotly = _as_parsed(get_plotlyjs())
-    script = _as_parsed(_resource("page.js"))
-    return Template(_resource("page.html")).substitute(
-        policy=_policy([plotly, script]),
-        title=for_html(f"gradlab: {', '.join(elide(name) for name in names)}"),
-        style=_resource("page.css"),
+
+
+def page_body(view: View, above: str = "") -> str:
+    """Write all that is seen but the figures.
+
+    Args:
+        view: What is shown.
+        above: HTML to stand above all else.
+
+    Returns:
+        HTML.
+    """
+    numbers = _numbers(view)
+    return Template(resource("body.html")).substitute(
+        above=above,
         lead=for_html(_LEAD),
-        count=f"{len(names)} run{'s' * (len(names) != 1)}",
+        count=f"{len(view.runs)} run{'s' * (len(view.runs) != 1)}",
         columns=table_columns(),
         rows=table_rows(view.runs),
         tabs="\n".join(_tab_button(tab) for tab in view.tabs),
-        last=max(len(data["stops"]) - 1, 0),
+        last=max(len(view.stops()) - 1, 0),
         sections="\n".join(_section(view, tab, numbers) for tab in view.tabs),
-        footer="Made by gradlab. This file is complete in itself and asks for nothing else.",
         # Reading finds damage, so this comes after all else.
         problems=problem_list(view.runs),
-        data=json_island(data),
-        chunks="\n".join(
-            f'<script type="text/plain" id="chunk-{number}">{chunk}</script>'
-            for number, chunk in enumerate(chunks)
-        ),
-        plotly=plotly,
-        script=script,
     )
+
+
+def resource(name: str) -> str:
+    """Read a file that comes with this package.
+
+    Args:
+        name: The file's name.
+
+    Returns:
+        Its text.
+    """
+    return (files("dashboards") / name).read_text(encoding="utf-8")
 
 
 def labels(view: View, run: str) -> dict[str, dict[str, str]]:
@@ -214,19 +265,17 @@ def _card(panel: Panel, number: int) -> str:
     )
 
 
-def _panel_data(view: View, panel: Panel, number: int, chunks: list[str]) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [
-        {"depends": list(part.depends), "symmetric": part.symmetric, "chunks": {}}
-        for part in panel.parts
-    ]
+def _numbers(view: View) -> dict[str, int]:
+    return {name: number for number, name in enumerate(view.panels)}
+
+
+def _chunks(view: View, panel: Panel, chunks: list[str]) -> list[dict[str, str]]:
+    """Add a panel's chunks, and say for each part and run where they are."""
+    places: list[dict[str, str]] = [{} for _ in panel.parts]
     for part, run, chunk in packed(view, panel):
-        parts[part]["chunks"][run] = f"chunk-{len(chunks)}"
+        places[part][run] = f"chunk-{len(chunks)}"
         chunks.append(chunk)
-    return {"id": f"panel-{number}", "name": panel.name, "title": panel.title, "parts": parts}
-
-
-def _resource(name: str) -> str:
-    return (files("dashboards") / name).read_text(encoding="utf-8")
+    return places
 
 
 def _as_parsed(script: str) -> str:

@@ -12,6 +12,7 @@ from analyses.curves import evenly_spaced, frames_by_update
 from analyses.groups import agent_returns, goals, kinds
 from analyses.similarity import clusters
 from dashboards.colours import Mark, agent_marks
+from dashboards.on_demand import large, on_demand
 from dashboards.panel import earlier
 from dashboards.text import agent_names
 from gradlab.run import Run
@@ -51,18 +52,23 @@ class RunTables:
         limits: How much is drawn.
     """
 
-    def __init__(self, run: Run, mark: Mark, limits: Limits = ALL) -> None:
+    def __init__(
+        self, run: Run, mark: Mark, limits: Limits = ALL, before: "RunTables | None" = None
+    ) -> None:
         """Read nothing yet.
 
         Args:
             run: The run.
             mark: The run's name and colour.
             limits: How much to draw.
+            before: The same run when it was shorter; what was read of it is not read again.
         """
         self.run = run
         self.mark = mark
         self.limits = limits
         self._arrays: dict[str, xr.DataArray | None] = {}
+        self._on_demand: set[str] = set()
+        self._before = before._arrays if before is not None else {}
         self._places: dict[str, dict[str, dict[Any, int]]] = {}
         self._kept: dict[object, Any] = {}
 
@@ -75,11 +81,10 @@ class RunTables:
 
         Returns:
             The quantity, or None if it is missing, empty, or has other axes (which is noted in the
-            run's problems).
+            run's problems). One that is large is read when, and as far as, it is looked at.
         """
         if quantity not in self._arrays:
-            known = quantity in self.run.quantities
-            array = self.run.quantity(quantity) if known else None
+            array = self._read(quantity) if quantity in self.run.quantities else None
             self._arrays[quantity] = array if array is not None and array.size else None
         array = self._arrays[quantity]
         if array is not None and dims and array.dims != ("update", *dims):
@@ -111,8 +116,26 @@ class RunTables:
         places = self._places[quantity]
         if not where.keys() <= places.keys():
             return None
-        at = [places[dim].get(where[dim], -1) if dim in where else slice(None) for dim in places]
-        return None if -1 in at else np.asarray(array.to_numpy()[tuple(at)])
+        at = {dim: places[dim].get(label, -1) for dim, label in where.items()}
+        if -1 in at.values():
+            return None
+        if quantity in self._on_demand:
+            return np.asarray(array.isel(at).to_numpy())
+        # A tenth of what xarray takes for the same, and a page asks for thousands.
+        return np.asarray(array.to_numpy()[tuple(at.get(dim, slice(None)) for dim in places)])
+
+    def _read(self, quantity: str) -> xr.DataArray:
+        if large(self.run, quantity):
+            self._on_demand.add(quantity)
+            return on_demand(self.run, quantity)
+        before = self._before.get(quantity)
+        if before is None or {dim: before[dim].to_numpy().tolist() for dim in before.dims[1:]} != (
+            self.run.axes(quantity)
+        ):
+            return self.run.quantity(quantity)
+        old = before["update"].to_numpy()
+        new = self.run.quantity(quantity, since=int(old[-1]) + 1)
+        return xr.concat([before, new], "update") if new.size else before
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """Compute something once.

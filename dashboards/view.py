@@ -17,7 +17,7 @@ from dashboards.tables import ALL, Limits, RunTables
 from gradlab.checks import check
 from gradlab.run import Run
 
-_SCALAR = {"update", "network", "space", "layer"}
+_SCALAR = {"network", "space", "layer"}
 _FIRST = ("episode_return", "evaluation_return", "conflict_rate", "mean_cosine", "snd")
 
 
@@ -46,12 +46,15 @@ class View:
         limits: How much of a long run is drawn.
     """
 
-    def __init__(self, runs: Sequence[Run], limits: Limits = ALL) -> None:
+    def __init__(
+        self, runs: Sequence[Run], limits: Limits = ALL, before: "View | None" = None
+    ) -> None:
         """Name the runs.
 
         Args:
             runs: At least one run.
             limits: How much of a long run to draw.
+            before: A view of the same runs when they were shorter; what was read is kept.
 
         Raises:
             UsageError: If there is no run.
@@ -59,8 +62,9 @@ class View:
         check(len(runs) > 0, "runs", "name at least one run", len(runs))
         names = distinct_names(runs)
         self.limits = limits
+        known = before.runs if before is not None else {}
         plain = {
-            name: RunTables(run, mark, limits)
+            name: RunTables(run, mark, limits, known.get(name))
             for name, run, mark in zip(names, runs, run_marks(names), strict=True)
         }
         # The only run of its method has the method's colour in all panels.
@@ -69,7 +73,7 @@ class View:
         if len(alone) == len(plain):
             for of in plain.values():
                 of.mark = Mark(of.mark.label, alone[id(of)].colour, alone[id(of)].shape)
-        self.runs = plain
+        self.runs: dict[str, RunTables] = plain
 
     @cached_property
     def tabs(self) -> list[Tab]:
@@ -126,8 +130,7 @@ class View:
         found: dict[str, None] = {}
         for of in self.runs.values():
             for name in of.run.quantities:
-                array = of.array(name)
-                if array is not None and set(array.dims) <= _SCALAR:
+                if set(of.run.axes(name)) <= _SCALAR and of.run.updates(name):
                     found[name] = None
         return sorted(found, key=_first) or ["episode_return"]
 

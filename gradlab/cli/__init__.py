@@ -128,10 +128,30 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--format", choices=["table", "csv", "json"], default="table")
     add.set_defaults(command=show.conflict, parser=add)
 
-    add = commands.add_parser("dashboard", help="write a page to look at")
-    add.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    add = commands.add_parser("dashboard", help="look at runs, also while they train")
     add.add_argument(
-        "--html", type=Path, required=True, metavar="FILE", help="one page that works offline"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run's folder; with --serve also a folder that holds runs",
+    )
+    form = add.add_mutually_exclusive_group(required=True)
+    form.add_argument("--html", type=Path, metavar="FILE", help="one page that works offline")
+    form.add_argument(
+        "--serve", action="store_true", help="pages in a browser that follow running trainings"
+    )
+    add.add_argument("--port", type=int, help="of the server, 0 for any free one (default: 8050)")
+    add.add_argument(
+        "--host",
+        help="where the server listens (default: 127.0.0.1, this machine alone; others have to "
+        "show the token that it prints)",
+    )
+    add.add_argument(
+        "--allowed-host",
+        action="append",
+        metavar="NAME",
+        help="a further name that browsers may call the server by, as a proxy's; may be repeated",
     )
     add.set_defaults(command=show.dashboard, parser=add)
 

@@ -84,13 +84,35 @@ def print_conflict(
 
 
 def dashboard(options: argparse.Namespace) -> None:
-    """`gradlab dashboard`: write one self-contained page.
+    """`gradlab dashboard`: write one self-contained page, or serve pages until Ctrl-C.
 
     Args:
         options: The parsed command line.
+
+    Raises:
+        UsageError: If an option for serving is given without `--serve`.
     """
+    if options.serve:
+        _serve(options)
+        return
+    for name in ("host", "port", "allowed_host"):
+        if getattr(options, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"`{option}` is for a server. Add --serve instead of --html.")
     write_dashboard(options.runs, options.html)
     print(f"Dashboard: {options.html}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from dashboards.live import serve
+
+    given = {name: getattr(options, name) for name in ("host", "port")}
+    serve(
+        options.runs,
+        **{name: value for name, value in given.items() if value is not None},
+        allowed_hosts=options.allowed_host or (),
+        announce=lambda address: print(f"Dashboard: {address}\nCtrl-C ends it.", flush=True),
+    )
 
 
 def write_dashboard(folders: Sequence[Path], page: Path) -> None:

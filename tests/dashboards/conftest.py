@@ -1,10 +1,13 @@
 """Small runs of every method, and made-up ones of shapes that no small training has."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
+from playwright.sync_api import sync_playwright
 
 from gradlab.run import Run, open_run
 from gradlab.run_writer import RunWriter
@@ -40,6 +43,19 @@ def trained(tmp_path_factory):
         train_run(TrainConfig.model_validate(settings), folder / name)
         runs[name] = open_run(folder / name)
     return runs
+
+
+@pytest.fixture(scope="session")
+def browser():
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not path:
+        pytest.fail("no chromium: install it, or set CHROMIUM to a browser's path")
+    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    flags += "--disable-background-networking --disable-component-update"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=flags.split())
+        yield started
+        started.close()
 
 
 @pytest.fixture(name="write_run", scope="session")

@@ -1,10 +1,8 @@
 import json
-import os
 import re
-import shutil
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from dashboards import page_html, write_page
 from dashboards.text import clean, json_island
@@ -22,19 +20,6 @@ FOLDER = "<img src=x onerror=document.title='owned'>"
 def bare(address):
     """An address without its fragment; pictures that the page makes itself ask nobody."""
     return address.partition("#")[0]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not path:
-        pytest.fail("no chromium: install it, or set CHROMIUM to a browser's path")
-    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    flags += "--disable-background-networking --disable-component-update"
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=flags.split())
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
