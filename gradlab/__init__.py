@@ -20,6 +20,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gradlab.attach.probe import Probe
     from gradlab.checks import UsageError
     from gradlab.copies import split_copies
     from gradlab.decomposition import Decomposition, decompose
@@ -43,6 +44,7 @@ __all__ = [
     "Factorisation",
     "Jacobian",
     "Moments",
+    "Probe",
     "Run",
     "SampleGram",
     "UsageError",
@@ -70,6 +72,7 @@ _HOME = {
     "Factorisation": "gradlab.factorisation",
     "Jacobian": "gradlab.jacobian",
     "Moments": "gradlab.engine.moments",
+    "Probe": "gradlab.attach.probe",
     "Run": "gradlab.run",
     "SampleGram": "gradlab.engine.gram",
     "UsageError": "gradlab.checks",

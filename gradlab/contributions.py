@@ -319,11 +319,11 @@ def _of_forms(
 def _vectors_of(part: PerSample) -> Float[Tensor, "row size"] | None:
     """What a linear layer's or a table's gradients have at its output; None for other gradients."""
     if isinstance(part, Rows):
-        return part.values[0].flatten(1)
+        return part.values[0].reshape(part.samples, -1)
     if isinstance(part, Outer) and part.inputs.shape[2] == 1:
         return part.output_gradients[0, :, 0]
     if isinstance(part, Lookup) and part.index.shape[2] == 1:
-        return part.output_gradients[0, :, 0].flatten(1)
+        return part.output_gradients[0, :, 0].reshape(part.samples, -1)
     return None
 
 

@@ -1,7 +1,7 @@
 """What interference comes from, and what it comes to.
 
-Coupling, transference, behaviour, and how embeddings are arranged: more than what `Probe` measures
-should cost, and so measured less often.
+Coupling, transference, behaviour, and how embeddings are arranged: more than what `NetworkProbe`
+measures should cost, and so measured less often.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from gradlab.metrics.geometry import measure_geometry
 from gradlab.metrics.transference import measure_transference
 from gradlab.parameters import WHOLE
 from gradlab.preconditioner import adam_preconditioner
-from gradlab.probe import Probe, embedding_of
+from gradlab.probe import NetworkProbe, embedding_of
 from gradlab.quantity import Quantity, join
 
 PERMUTATIONS = 999
@@ -61,7 +61,7 @@ class Behaviour:
 
 
 def measure_effects(
-    probe: Probe,
+    probe: NetworkProbe,
     batches: Mapping[str, Mapping[str, Tensor]],
     copy: Int[Tensor, " sample"],
     *,
@@ -76,13 +76,13 @@ def measure_effects(
 
     Args:
         probe: Knows the networks.
-        batches: For each network tensors [agent, sample, ...] by name, as `Probe.diagnose` takes
-            them.
+        batches: For each network tensors [agent, sample, ...] by name, as `NetworkProbe.diagnose`
+            takes them.
         copy: The environment copy that each sample comes from. Steps are made from every other
             copy, and the losses are those of the rest.
         mask: Which samples exist; all by default.
         behaviour: What the agents do.
-        diagnosed: What `Probe.diagnose` found in these batches.
+        diagnosed: What `NetworkProbe.diagnose` found in these batches.
         optimiser: Take the steps that this one would, see `gradlab.adam_preconditioner`; None:
             along the gradients themselves.
 
@@ -90,11 +90,11 @@ def measure_effects(
         Quantities by name: those of `gradlab.transference`, with a leading `network` axis, unless
         `optimiser` has not taken a step yet; those of `gradlab.diversity`; with a leading `network`
         axis, for generators with a `representation`, those of `gradlab.geometry` but for groups, of
-        the rows that `Probe.diagnose` returns as embeddings, compared with `behavioural_distance`
-        and with the cosines of g, debiased where they are known; and `coupling` and
-        `coupling_frobenius` of generators that have them in closed form. And a sentence for each
-        that could not be measured, as where parameters are not finite; it is left out, or NaN where
-        another network's could.
+        the rows that `NetworkProbe.diagnose` returns as embeddings, compared with
+        `behavioural_distance` and with the cosines of g, debiased where they are known; and
+        `coupling` and `coupling_frobenius` of generators that have them in closed form. And a
+        sentence for each that could not be measured, as where parameters are not finite; it is left
+        out, or NaN where another network's could.
     """
     findings: list[str] = []
     found: dict[str, Quantity] = {}
@@ -128,7 +128,7 @@ def _noted(place: str, findings: list[str]) -> Iterator[None]:
 
 
 def _transference(
-    probe: Probe,
+    probe: NetworkProbe,
     name: str,
     batch: Mapping[str, Tensor],
     copy: Int[Tensor, " sample"],

@@ -42,7 +42,7 @@ class Network:
     surrogate: Surrogate
 
 
-class Probe:
+class NetworkProbe:
     """Diagnoses networks while they train.
 
     Parameters, `.grad`, buffers and random states stay as they are.
@@ -79,6 +79,7 @@ class Probe:
         batches: Mapping[str, Mapping[str, Tensor]],
         copy: Int[Tensor, " sample"] | None = None,
         mask: Bool[Tensor, "agent sample"] | None = None,
+        context: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> dict[str, Quantity]:
         """Diagnose every network on its batch.
 
@@ -88,6 +89,8 @@ class Probe:
                 debiased estimates.
             mask: Which samples exist; all by default. What is measured of an agent without any is
                 NaN, and a finding says so.
+            context: For each network tensors [agent, ...] by name that each of the agent's samples
+                holds as well; none by default.
 
         Returns:
             Quantities by name with a leading `network` axis, NaN for a layer that a network lacks;
@@ -100,12 +103,14 @@ class Probe:
         embeddings: dict[str, Quantity] = {}
         for name, network in self.networks.items():
             precise = self.precise(name)
+            held = {} if context is None else context[name]
             if self.level == "light":
                 d = decompose(
                     precise,
                     network.surrogate,
                     in_precision(batches[name], torch.float64),
                     mask=mask,
+                    context=in_precision(held, torch.float64),
                 )
             else:
                 d = decompose(
@@ -113,6 +118,7 @@ class Probe:
                     network.surrogate,
                     batches[name],
                     mask=mask,
+                    context=held,
                     copy=copy,
                     check=CHECKED_SAMPLES,
                     precise=precise,

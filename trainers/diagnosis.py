@@ -8,7 +8,7 @@ from torch import Tensor
 from gradlab.effects import Behaviour, measure_effects
 from gradlab.estimates import FEWEST
 from gradlab.metrics.diversity import shared_observations
-from gradlab.probe import Level, Network, Probe
+from gradlab.probe import Level, Network, NetworkProbe
 from gradlab.quantity import Quantity
 from trainers.config import TrainConfig
 from trainers.critic_input import CriticInput, critic_source
@@ -60,7 +60,7 @@ class Diagnosis:
             optimiser: Trains the networks.
         """
         level = config.diagnostics
-        self.probe = Probe(
+        self.probe = NetworkProbe(
             {n: network for n, network in networks.items() if level == "full" or n == "actor"},
             level,
         )

@@ -11,7 +11,7 @@ from gradlab.effects import Behaviour, measure_effects
 from gradlab.metrics.diversity import diversity
 from gradlab.metrics.geometry import geometry
 from gradlab.preconditioner import adam_preconditioner
-from gradlab.probe import Network, Probe
+from gradlab.probe import Network, NetworkProbe
 from gradlab.quantity import Quantity
 
 SAMPLES, COPIES = 36, 9
@@ -32,7 +32,7 @@ class Setting:
         networks = {
             n: Network(generator=c.generator, surrogate=c.surrogate) for n, c in self.cases.items()
         }
-        self.probe = Probe(networks, "full")
+        self.probe = NetworkProbe(networks, "full")
         self.batches = {name: c.batch for name, c in self.cases.items()}
         random = torch.Generator().manual_seed(3)
         self.logits = torch.randn(AGENTS, 40, 4, generator=random, dtype=torch.float64)

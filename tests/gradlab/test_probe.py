@@ -6,13 +6,13 @@ from cases import AGENTS, DECOUPLED, case
 from torch import nn
 
 from gradlab.decomposition import decompose
-from gradlab.probe import Network, Probe
+from gradlab.probe import Network, NetworkProbe
 from gradlab.quantity import dataset
 
 
 def probe_of(method, level, *, dtype=torch.float32):
     c = case(method, "ppo-continuous", dtype=dtype)
-    return Probe({"actor": Network(generator=c.generator, surrogate=c.surrogate)}, level), c
+    return NetworkProbe({"actor": Network(generator=c.generator, surrogate=c.surrogate)}, level), c
 
 
 @pytest.mark.parametrize("level", ["light", "full"])
@@ -54,10 +54,10 @@ def test_networks_side_by_side_are_as_each_alone(level, methods):
     }
     batches = {name: c.batch for name, c in cases.items()}
     copy = torch.arange(10)
-    together = labelled(Probe(networks, level).diagnose(batches, copy))
+    together = labelled(NetworkProbe(networks, level).diagnose(batches, copy))
     assert together.network.values.tolist() == ["actor", "critic"]
     for name, network in networks.items():
-        alone = labelled(Probe({name: network}, level).diagnose({name: batches[name]}, copy))
+        alone = labelled(NetworkProbe({name: network}, level).diagnose({name: batches[name]}, copy))
         lacking = [layer for layer in together.layer.values if layer not in alone.layer.values]
         for quantity, expected in alone.items():
             found = together[quantity].sel(network=name)

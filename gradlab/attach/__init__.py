@@ -1,0 +1,1 @@
+"""The instrument on somebody else's training loop."""
