@@ -28,7 +28,7 @@ bench: $(VENV)/.installed $(PEERS)/.installed  ## measure the costs anew (an hou
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,peers,mamujoco,smax,pettingzoo]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,peers,mamujoco,smax,pettingzoo,parquet]"
 	touch $@
 
 $(PEERS)/.installed: constraints.txt  # BenchMARL needs other versions than the project

@@ -155,6 +155,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add.set_defaults(command=show.dashboard, parser=add)
 
+    add = commands.add_parser("export", help="write all that a run recorded for other tools")
+    add.add_argument("run", type=Path, metavar="RUN")
+    add.add_argument("file", type=Path, metavar="FILE")
+    add.add_argument("--to", required=True, metavar="FORMAT", help="netcdf, parquet or csv")
+    add.set_defaults(command=show.export, parser=add)
+
     add = commands.add_parser("runs", help="list the runs in a folder")
     add.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR")
     add.set_defaults(command=show.runs, parser=add)

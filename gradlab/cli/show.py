@@ -138,6 +138,21 @@ def write_dashboard(folders: Sequence[Path], page: Path) -> None:
     _print_problems(runs)
 
 
+def export(options: argparse.Namespace) -> None:
+    """`gradlab export`: one file with all that a run recorded.
+
+    Args:
+        options: The parsed command line.
+    """
+    from analyses.export import export as export_run
+    from gradlab.run import open_run
+
+    run = open_run(options.run)
+    export_run(run, options.to, options.file)
+    _print_problems([run])
+    print(f"Exported: {options.file}")
+
+
 def runs(options: argparse.Namespace) -> None:
     """`gradlab runs`: list the runs in a folder; a run that can't be read does not hide others.
 
