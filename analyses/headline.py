@@ -54,11 +54,12 @@ def _conflict(run: Run, network: str, space: str) -> str:
     counts = (whole == CONFLICT).sum(1)
     updates = verdict["update"].to_numpy()
     if not counts[-1]:
+        when = (
+            f"now, the last at update {updates[counts > 0][-1]}" if counts.any() else "at any time"
+        )
         aligned = int((whole[-1] == ALIGNED).sum())
-        last = f", the last at update {updates[counts > 0][-1]}" if counts.any() else " at any time"
-        before = "none now, " + f"some before{last}" if counts.any() else f"none{last}"
-        words = f"{before}; {aligned} aligned, the rest undecided" if aligned else before
-        return f"of {total} {noun}, in conflict: {words}"
+        rest = f", {aligned} aligned" if aligned else ""
+        return f"none of {total} {noun} in conflict {when}{rest}"
     since = int(np.flatnonzero(counts == 0)[-1]) + 1 if (counts == 0).any() else 0
     start = f" from update {updates[since]} on" if since else " from the start"
     return f"{counts[-1]} of {total} {noun} in conflict{start}{_layer(verdict, since, pairs)}"

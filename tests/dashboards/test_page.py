@@ -153,9 +153,9 @@ def test_the_slider_moves_matrices_and_keeps_the_address(page):
 
 
 def test_an_address_brings_a_view_back(file, page, opened):
-    query = "tab=embeddings&run=fups&network=critic&update=1&agent=3&theme=dark"
+    query = "tab=embeddings&run=fups&network=critic&update=1&agent=2&theme=dark"
     other = opened(file, query)
-    for name, value in (("run", "fups"), ("network", "critic"), ("agent", "3")):
+    for name, value in (("run", "fups"), ("network", "critic"), ("agent", "2")):
         assert other.input_value(f"#{name}") == value
     assert other.locator("#tab-embeddings").get_attribute("aria-selected") == "true"
     assert other.locator("html").get_attribute("data-theme") == "dark"
@@ -246,7 +246,13 @@ def evil(write_run, folder):
     return folder
 
 
-@pytest.mark.parametrize("name", ["evil.html", "bare.html"], ids=["with policy", "without policy"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("evil.html", id="with policy"),
+        pytest.param("bare.html", id="without policy", marks=pytest.mark.slow),
+    ],
+)
 def test_names_from_the_run_folder_stay_text(evil, opened, name):
     page = opened(evil / name)
     for tab in TABS:

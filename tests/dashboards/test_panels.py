@@ -139,7 +139,7 @@ def test_a_pairs_history_has_its_intervals_whichever_comes_first(view, run):
 def test_structural_zeros_are_marked(view):
     figure = drawn(view, "cosine-g", run="nops", network="critic")
     text = figure["data"][0]["text"]
-    assert [[cell == "0*" for cell in row] for row in text] == (~np.eye(4, dtype=bool)).tolist()
+    assert [[cell == "0*" for cell in row] for row in text] == (~np.eye(3, dtype=bool)).tolist()
     assert "text" not in drawn(view, "cosine-g")["data"][0]
 
 
@@ -378,4 +378,4 @@ def test_a_damaged_run_still_has_panels(trained, tmp_path):
     view = View([open_run(tmp_path / "run")])
     for panel in view.panels.values():
         panel.draw(view.defaults())
-    assert pca(trained["fups"].embeddings["actor"]).sizes["agent"] == 4
+    assert pca(trained["fups"].embeddings["actor"]).sizes["agent"] == 3
