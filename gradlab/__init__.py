@@ -84,6 +84,7 @@ _HOME = {
     "geometry": "gradlab.metrics.geometry",
     "gradient_moments": "gradlab.engine.accumulate",
     "interference": "gradlab.metrics.interference",
+    "load_policy": "trainers.agent_policy",
     "open_run": "gradlab.run",
     "procrustes": "gradlab.metrics.procrustes",
     "procrustes_path": "gradlab.metrics.procrustes",

@@ -153,8 +153,7 @@ def evaluate(
         trainer = source
     else:
         run = source if isinstance(source, Run) else open_run(source)
-        trainer = Trainer(_settings(run))
-        trainer.load_networks(_checkpoint(run, update, notes))
+        trainer = saved_trainer(run, update, notes)
     given = {"episodes": episodes, "deterministic": deterministic, "seed": seed}
     settings = {
         "seed": trainer.config.seed,
@@ -177,6 +176,25 @@ def evaluate(
         agent_names=trainer.spec.agent_names,
         notes=tuple(notes),
     )
+
+
+def saved_trainer(run: Run, update: int | None, notes: list[str]) -> Trainer:
+    """Make a trainer with the networks that a run has saved; not to train on.
+
+    Args:
+        run: The run.
+        update: The update whose checkpoint to take; by default the newest that is whole.
+        notes: Gets a sentence for each damaged checkpoint that is passed over.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        UsageError: If there is no such checkpoint, or the settings are lost.
+    """
+    trainer = Trainer(_settings(run))
+    trainer.load_networks(_checkpoint(run, update, notes))
+    return trainer
 
 
 def _settings(run: Run) -> TrainConfig:

@@ -82,11 +82,12 @@ class ObservationNormaliser:
 
     Attributes:
         moments: Of each observed number, over agents, copies and time.
+        clip: Where what it makes is cut off.
     """
 
     def __init__(self, observation_size: int, clip: float) -> None:
         self.moments = RunningMoments(observation_size)
-        self._clip = clip
+        self.clip = clip
 
     def learn(self, observation: Float[Tensor, "sample obs"]) -> None:
         """Take observations into the running moments.
@@ -108,7 +109,7 @@ class ObservationNormaliser:
             What the networks read, cut off at plus and minus `clip`.
         """
         scaled = (observation - self.moments.mean) / self.moments.deviation()
-        return scaled.clamp(-self._clip, self._clip).to(observation.dtype)
+        return scaled.clamp(-self.clip, self.clip).to(observation.dtype)
 
     def state(self) -> dict[str, Tensor]:
         """What the rest depends on.
