@@ -2,6 +2,8 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 import gradlab
 
@@ -20,3 +22,22 @@ def test_plain_pytorch_finds_who_wants_the_opposite(tmp_path):
     cosine = run.quantity("cosine_debiased", where=place)
     assert cosine["update"].values.tolist() == [0, 5, 10]
     assert np.array_equal(np.sign(cosine[0]), [[1, 1, -1], [1, 1, -1], [-1, -1, 1]])
+
+
+def test_single_file_ppo_on_pettingzoo_has_three_more_lines(tmp_path):
+    pytest.importorskip("mpe2")
+    source = (EXAMPLES / "cleanrl_ppo_pettingzoo.py").read_text()
+    added = [line for line in source.splitlines() if line.endswith(": gradlab")]
+    assert len(added) == 3
+    probed = load("cleanrl_ppo_pettingzoo.py")["main"](tmp_path / "run", updates=3, every=2)
+    run = gradlab.open_run(tmp_path / "run")
+    assert run.updates("cosine") == [0, 2]
+    assert run.quantity("samples")[0].values.tolist() == [[8 * 25] * 3]
+    assert run.quantity("residual").max() < 1e-9
+    assert (run.state, run.config["copies"]) == ("done", 8)
+    without = "\n".join(line for line in source.splitlines() if line not in added)
+    names = {"__name__": "without"}
+    exec(without, names)
+    plain = names["main"](None, updates=3, every=2)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, probed.state_dict()[name]), name
