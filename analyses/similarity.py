@@ -34,8 +34,8 @@ def similarity_order(distance: Float[np.ndarray, "agent agent_other"]) -> list[i
     Returns:
         The agents' numbers.
 
-    >>> similarity_order(np.array([[0, 9, 1], [9, 0, 9], [1, 9, 0.0]]))
-    [1, 0, 2]
+    >>> similarity_order(np.array([[0, 9, 1], [9, 0, 5], [1, 5, 0.0]]))
+    [1, 2, 0]
     """
     if len(distance) < 3:
         return list(range(len(distance)))

@@ -15,7 +15,7 @@ from gradlab.run_writer import RunWriter
 from trainers.config import TrainConfig
 from trainers.loop import Trainer, describe
 
-LENGTHS = {100: (5, 7), 32: (12, 11)}
+LENGTHS = {100: (5, 5), 32: (12, 7)}
 """Updates of one training, and rounds, for each length of a rollout."""
 LEVELS = ("off", "light", "full")
 

@@ -136,7 +136,14 @@ def outside(page, address):
     return {url for url in page.asked if not url.startswith((address, "blob:", "data:"))}
 
 
-@pytest.mark.parametrize("tab", TABS)
+# the written page's tests draw the panels of all tabs; here two stand for all
+@pytest.mark.parametrize(
+    "tab",
+    [
+        pytest.param(tab, marks=[] if tab in {"overview", "interference"} else pytest.mark.slow)
+        for tab in TABS
+    ],
+)
 def test_every_panel_of_every_tab_is_drawn_for_runs_of_all_methods(page, address, tab):
     show(page, f"tab={tab}")
     panels = page.locator(f"#tabpanel-{tab} .panel")
