@@ -1,16 +1,21 @@
-"""The page of a big run in a real browser: its size, how soon it answers, a step of its slider.
+"""A big run in a real browser, as a page and served: how soon it answers, a step of its slider.
 
 The run has 30 agents, 2,000 diagnosed updates, actor and critic, four layers and `all`; its numbers
-are made up (gradients that wander), its folder is written by the run writer itself.
+are made up (gradients that wander), its folder is written by the run writer itself. Served also:
+how soon a folder of 200 runs is listed, and how soon an update that is recorded is drawn.
 
-    python tests/benchmarks/bench_dashboard.py [--updates N] [--keep FOLDER]
+    python tests/benchmarks/bench_dashboard.py [--updates N] [--keep FOLDER] [--forms html served]
 """
 
 import argparse
+import json
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +33,16 @@ SPACES = ["psi", "theta"]
 LAYERS = ["all", "layer0", "layer1", "layer2", "head"]
 EFFECTS_EVERY = 10
 STEPS = 15  # of the slider
-LIMITS = {"megabytes": 15, "seconds to interactive": 3, "slider step, ms": 100}
+RUNS, GROWING = 200, 10  # runs in the list; updates that are recorded while they are looked at
+LIMITS = {
+    "html": {"megabytes": 15, "seconds to interactive": 3, "slider step, ms": 100},
+    "served": {
+        "seconds to interactive": 2,
+        "slider step, ms": 100,
+        "seconds to list 200 runs": 1,
+        "seconds from record to drawn": 2,
+    },
+}
 
 
 def write_run(folder, updates):
@@ -142,22 +156,43 @@ def effects(rng, rows):
     }
 
 
-def measure(file):
-    """Open the page three times, then move its slider on every tab."""
-    opening = []
-    steps = {}
+@contextmanager
+def browsing():
+    """A page of a new browser."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        for _ in range(3):
-            page = browser.new_page(viewport={"width": 1400, "height": 900})
-            began = time.perf_counter()
-            page.goto(file.as_uri(), timeout=120_000)
-            page.wait_for_selector("html[data-ready=yes]")
-            opening.append(time.perf_counter() - began)
-            if len(opening) < 3:
-                page.close()
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(120_000)
+        yield page
+        browser.close()
+
+
+@contextmanager
+def served(*folders):
+    """The address of a server."""
+    command = [sys.executable, "-m", "gradlab", "dashboard", *map(str, folders)]
+    server = subprocess.Popen([*command, "--serve", "--port", "0"], stdout=subprocess.PIPE)
+    yield server.stdout.readline().decode().split()[1]
+    server.terminate()
+    server.wait()
+
+
+def opened(page, address):
+    """Seconds until a page can be worked with."""
+    page.goto("about:blank")
+    began = time.perf_counter()
+    page.goto(address)
+    page.wait_for_selector("html[data-ready=yes]")
+    return time.perf_counter() - began
+
+
+def measure(address):
+    """Open the page three times, then move its slider on every tab."""
+    steps = {}
+    with browsing() as page:
+        opening = [opened(page, address) for _ in range(3)]
         tabs = page.locator("[role=tab]").evaluate_all("tabs => tabs.map(t => t.dataset.tab)")
         for tab in tabs:
             page.evaluate("t => { location.hash = `tab=${t}`; }", tab)
@@ -168,8 +203,59 @@ def measure(file):
             page.wait_for_timeout(1500)
             page.wait_for_selector("html[data-drawn=yes]")
             steps[tab] = page.evaluate(_STEP, STEPS)
-        browser.close()
-    return opening, steps
+    return {
+        "seconds to interactive": [round(seconds, 2) for seconds in opening],
+        "slider step, ms": {
+            tab: {"median": round(statistics.median(times), 1), "largest": round(max(times), 1)}
+            for tab, times in steps.items()
+        },
+    }
+
+
+def listing(folder):
+    """Seconds until 200 runs are listed, by a server that has not seen them, and again."""
+    for number in range(RUNS):
+        with RunWriter(folder / f"run-{number}") as writer:
+            writer.describe(method="fups", environment="e", agents=2, seed=number, state="done")
+            for update in range(20):
+                numbers = {"frames": 100.0 * update, "episode_return": 1.0 / (1 + update)}
+                writer.write(update, {n: Quantity.scalar(v) for n, v in numbers.items()})
+    with served(folder) as address, browsing() as page:
+        found = [round(opened(page, address), 2) for _ in range(3)]
+        assert page.locator("#rows tr").count() == RUNS
+    return found
+
+
+def growing(run, folder):
+    """Seconds from the record of an update to its picture, for a reader who follows a small run."""
+    source = open_run(run)
+    found = []
+
+    def record(writer, update):
+        values = {
+            name: source.quantity(name, since=update, until=update)[0].drop_vars("update")
+            for name in source.quantities
+            if update in recorded[name]
+        }
+        writer.write(update, values)
+
+    recorded = {name: set(source.updates(name)[: GROWING + 1]) for name in source.quantities}
+    with RunWriter(folder / "growing") as writer:
+        writer.describe(**source.info | {"state": "running"})
+        record(writer, 0)
+        with served(folder / "growing") as address, browsing() as page:
+            opened(page, f"{address}#tab=interference")
+            for update in range(1, GROWING + 1):
+                time.sleep(0.3 * update % 1)  # at any moment between two questions
+                record(writer, update)
+                began = time.perf_counter()
+                page.wait_for_function(_DRAWN, arg=update, polling=20)
+                found.append(time.perf_counter() - began)
+    return {"median": round(statistics.median(found), 2), "largest": round(max(found), 2)}
+
+
+_DRAWN = """update => document.documentElement.dataset.drawn === "yes"
+  && document.querySelector("#tabpanel-interference .badge").textContent.startsWith(`update ${update}`)"""
 
 
 # From the slider's event to the frame after all panels in sight are drawn.
@@ -192,32 +278,33 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--keep", type=Path, help="folder of the run and the page; made if need be")
+    parser.add_argument("--forms", nargs="+", default=["html", "served"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "run").exists():
             write_run(folder / "run", options.updates)
-        began = time.perf_counter()
-        write_page([open_run(folder / "run")], folder / "page.html")
-        making = time.perf_counter() - began
-        opening, steps = measure(folder / "page.html")
-        found = {
-            "agents": AGENTS,
-            "updates": options.updates,
-            "seconds to write": round(making, 1),
-            "megabytes": round((folder / "page.html").stat().st_size / 1e6, 2),
-            "seconds to interactive": round(statistics.median(opening), 2),
-            "slider step, ms": {
-                tab: {
-                    "median": round(statistics.median(times), 1),
-                    "largest": round(max(times), 1),
-                }
-                for tab, times in steps.items()
-            },
-        }
-    print(found)
-    write("dashboard", {"limits": LIMITS, "html": found})
+        found = {"limits": LIMITS, "agents": AGENTS, "updates": options.updates}
+        if "html" in options.forms:
+            began = time.perf_counter()
+            write_page([open_run(folder / "run")], folder / "page.html")
+            found["html"] = {
+                "seconds to write": round(time.perf_counter() - began, 1),
+                "megabytes": round((folder / "page.html").stat().st_size / 1e6, 2),
+                **measure((folder / "page.html").as_uri()),
+            }
+        if "served" in options.forms:
+            with served(folder / "run") as address:
+                found["served"] = measure(address)
+            with tempfile.TemporaryDirectory() as runs:
+                found["served"]["seconds to list 200 runs"] = listing(Path(runs))
+                found["served"]["seconds from record to drawn"] = growing(
+                    folder / "run", Path(runs)
+                )
+    print(json.dumps(found, indent=2))
+    if len(options.forms) == 2:
+        write("dashboard", found)
 
 
 if __name__ == "__main__":
