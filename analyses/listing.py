@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from gradlab.checks import UsageError
@@ -37,10 +38,15 @@ def last_number(run: Run, quantity: str) -> float:
     Returns:
         The last that is not NaN; NaN if there is none.
     """
-    if quantity not in run.quantities:
+    if quantity not in run.quantities or run.axes(quantity):
         return float("nan")
-    known = run.quantity(quantity).dropna("update")
-    return float(known[-1]) if known.size and known.ndim == 1 else float("nan")
+    # The end first: a long training has thousands of records.
+    for since in (*run.updates(quantity)[-50:][:1], 0):
+        values = run.quantity(quantity, since=since).to_numpy()
+        known = values[~np.isnan(values)]
+        if known.size:
+            return float(known[-1])
+    return float("nan")
 
 
 def _row(path: Path) -> tuple[object, ...]:

@@ -91,6 +91,7 @@ class Run:
         self.info = self._read_info()
         self._database = self._connect()
         self._quantities = self._read_quantities()
+        self._updates: dict[str, list[int]] = {}
         self._salvaged: dict[str, dict[int, bytes]] | None = None
         if self._database is not None and self._is_truncated():
             self._salvage("the file is cut off")
@@ -183,13 +184,16 @@ class Run:
             name: One of `quantities`.
 
         Returns:
-            Updates, ascending.
+            Updates, ascending; those of when it was first asked for.
 
         Raises:
             UsageError: If no such quantity is recorded.
         """
         size = self._known(name).size
-        return [update for update, length, _ in self._rows(name, 0, 0) if length == size]
+        if name not in self._updates:
+            rows = self._rows(name, 0, 0)
+            self._updates[name] = [update for update, length, _ in rows if length == size]
+        return list(self._updates[name])
 
     def quantity(
         self,
@@ -386,13 +390,16 @@ class Run:
     ) -> Iterator[tuple[int, int, bytes]]:
         """For each update: its number, the whole record's bytes, and `count` bytes of it."""
         if self._salvaged is None and self._database is not None:
+            # `substr` reads a record up to what it takes; type and length are told without.
+            part = "substr(array, :start + 1, :count)" if count else "x''"
             query = (
-                'SELECT "update", length(array), substr(array, ?, ?) FROM record '
-                'WHERE quantity = ? AND "update" BETWEEN ? AND ? ORDER BY "update"'
+                f'SELECT "update", length(array), {part} FROM record WHERE quantity = :name '
+                "AND \"update\" BETWEEN :since AND :until AND typeof(array) = 'blob' "
+                'ORDER BY "update"'
             )
+            wanted = {"name": name, "start": start, "count": count, "since": since, "until": until}
             try:
-                found = self._database.execute(query, (start + 1, count, name, since, until))
-                return iter([row for row in found if isinstance(row[2], bytes)])
+                return iter(self._database.execute(query, wanted).fetchall())
             except sqlite3.DatabaseError as error:
                 self._salvage(str(error))
         whole = (self._salvaged or {}).get(name, {})

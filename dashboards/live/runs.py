@@ -1,5 +1,6 @@
 """The runs that a server may show: those in the folders that it was given, and no others."""
 
+import logging
 import math
 import os
 import time
@@ -184,6 +185,10 @@ def _row(path: Path) -> Row:
         }
     except UsageError as error:
         return row | {"state": "unreadable", "problem": clean(error)}
+    except Exception as error:
+        # Whatever stands in a folder that somebody sent, the other runs are listed.
+        logging.getLogger(__name__).exception("%s could not be read", path)
+        return row | {"state": "unreadable", "problem": clean(f"{type(error).__name__}: {error}")}
 
 
 def _failure(run: Run) -> list[str]:

@@ -1,5 +1,7 @@
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -67,6 +69,16 @@ def test_a_damaged_and_a_newer_run_are_lines_and_the_others_are_listed(runs):
     assert rows["deep/er/b"]["state"] == "unreadable"
     assert "schema version 99" in rows["deep/er/b"]["problem"]
     assert (rows["c"]["state"], rows["c"]["problem"]) == ("done", "")
+
+
+def test_a_run_that_can_not_be_read_in_some_way_nobody_thought_of_is_a_line(runs, caplog):
+    with closing(sqlite3.connect(runs / "a" / "records.sqlite")) as database, database:
+        database.execute("UPDATE quantity SET dims = '{\"a\": 1}', coordinates = '[]'")
+    rows = {row["name"]: row for row in RunIndex([runs]).rows()}
+    assert rows["a"]["state"] == "unreadable"
+    assert "Error" in rows["a"]["problem"]
+    assert "could not be read" in caplog.text
+    assert rows["deep/er/b"]["state"] == "done"
 
 
 def test_only_what_has_changed_is_read_again(runs, monkeypatch):
