@@ -1,6 +1,6 @@
 """Across seeds: interquartile means with bootstrap intervals, and their differences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,19 +40,7 @@ def across_seeds(
         Means, and the ends of their percentile bootstrap intervals, NaN for a single seed.
     """
     mean = _of_finite(values)
-    if len(values) == 1:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    found = stats.bootstrap(
-        (_known(values),),
-        _MEAN,
-        vectorized=True,
-        axis=0,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    low, high = (np.where(np.isfinite(mean), end, np.nan) for end in (found.low, found.high))
-    return mean, low, high
+    return mean, *_interval(mean, [values], _MEAN, resamples)
 
 
 def difference_across_seeds(
@@ -72,14 +60,24 @@ def difference_across_seeds(
         have two seeds.
     """
     mean = _of_finite(values) - _of_finite(others)
-    if min(len(values), len(others)) == 1:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
 
     def statistic(a: Any, b: Any, axis: int = 0) -> Any:  # noqa: ANN401 -- SciPy's
         return _MEAN(a, axis=axis) - _MEAN(b, axis=axis)
 
+    return mean, *_interval(mean, [values, others], statistic, resamples)
+
+
+def _interval(
+    mean: NDArray[np.float64],
+    groups: Sequence[NDArray[np.float64]],
+    statistic: Callable[..., Any],
+    resamples: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Ends of a percentile bootstrap interval, NaN if a group has a single seed."""
+    if min(map(len, groups)) == 1:
+        return np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     found = stats.bootstrap(
-        (_known(values), _known(others)),
+        [_known(values) for values in groups],
         statistic,
         vectorized=True,
         axis=0,
@@ -88,7 +86,7 @@ def difference_across_seeds(
         rng=np.random.default_rng(0),
     ).confidence_interval
     low, high = (np.where(np.isfinite(mean), end, np.nan) for end in (found.low, found.high))
-    return mean, low, high
+    return low, high
 
 
 def at_equal_frames(
