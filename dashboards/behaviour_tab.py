@@ -13,8 +13,14 @@ from dashboards.interference_tab import agent_order, tree_figure
 from dashboards.lines import NOT_RECORDED, cursor, line, lines_figure
 from dashboards.matrices import matrix_figure, order_part, pair_part
 from dashboards.panel import Figure, Panel, Part, Tab
-from dashboards.points import agent_trace, chosen_part, colour_part, hover_names
-from dashboards.style import message, nothing, rounded
+from dashboards.points import (
+    NEAREST,
+    agent_trace,
+    chosen_part,
+    colour_part,
+    nearest_figure,
+)
+from dashboards.style import nothing
 from dashboards.tables import RunTables
 
 Runs = Mapping[str, RunTables]
@@ -187,47 +193,21 @@ def _neighbours_panel(runs: Runs) -> Panel:
         if values is None or choices.agent >= len(of.agents) or len(of.agents) < 2:
             return nothing(NOT_RECORDED if values is None else "no other agent")
         ends = [of.values(f"{_DISTANCE}_{end}", **where) for end in ("low", "high")]
-        row = values[choices.agent]
-        near = [n for n in np.argsort(row, kind="stable").tolist() if n != choices.agent][:12]
-        low, high = (row if end is None else end[choices.agent] for end in ends)
-        return {
-            "data": [
-                {
-                    "type": "bar",
-                    "orientation": "h",
-                    "x": rounded(row[near]),
-                    "y": [f"agent {n}" for n in near],
-                    "error_x": {
-                        "type": "data",
-                        "symmetric": False,
-                        "array": rounded((high - row)[near]),
-                        "arrayminus": rounded((row - low)[near]),
-                        "thickness": 1.5,
-                    },
-                    "customdata": near,
-                    "hovertext": [hover_names(of.agents)[n] for n in near],
-                    "hovertemplate": "%{hovertext}: %{x:.4g}<extra></extra>",
-                    "marker": {"color": [of.agents[n].colour for n in near]},
-                    "showlegend": False,
-                }
-            ],
-            "layout": {
-                "xaxis": {"title": {"text": "behavioural distance"}, "rangemode": "tozero"},
-                "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
-                "annotations": [] if near else message("no other agent"),
-                "meta": {
-                    "click": {"customdata": "other"},
-                    "note": f"to agent {choices.agent}",
-                    "alt": f"Most like agent {choices.agent}: {', '.join(map(str, near))}",
-                },
-            },
-        }
+        low, high = (None if end is None else end[choices.agent] for end in ends)
+        return nearest_figure(
+            values[choices.agent],
+            choices.agent,
+            of.agents,
+            "behavioural distance",
+            None if low is None or high is None else (low, high),
+        )
 
     return Panel(
         name="behaviour-neighbours",
         title="Who acts like the chosen agent",
         reading="The shortest bar acts most alike; bars whose intervals meet can't be told apart.",
-        definition="Behavioural distances with 95 % intervals over environment copies; 12 at most.",
+        definition="Behavioural distances with 95 % intervals over environment copies; "
+        f"{NEAREST} at most.",
         parts=[
             Part(
                 depends=("run", "agent", "update"),

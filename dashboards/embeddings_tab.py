@@ -25,11 +25,13 @@ from dashboards.lines import NOT_RECORDED, line, lines_figure
 from dashboards.matrices import matrix_figure, order_part, pair_part
 from dashboards.panel import Figure, Panel, Part, Tab, earlier
 from dashboards.points import (
+    NEAREST,
     agent_trace,
     chosen_part,
     colour_part,
     hover_names,
     marker,
+    nearest_figure,
     square,
 )
 from dashboards.style import QUIET, decimals, message, nothing, padded_range, rounded
@@ -45,7 +47,6 @@ SEEDS = 5
 _MOST = 200  # updates that a projection is fitted to
 _TSNE_UPDATES = 12
 _SEEDS_UPDATES = 2
-_NEAREST = 12
 _PARTS = ("run", "network", "update")
 
 
@@ -690,39 +691,13 @@ def _neighbours_panel(runs: Runs) -> Panel:
         if choices.agent >= len(of.agents) or len(of.agents) < 2:
             return nothing("no other agent")
         row = distances[place][choices.agent]
-        others = [n for n in np.argsort(row, kind="stable").tolist() if n != choices.agent]
-        near = [n for n in others if np.isfinite(row[n])][:_NEAREST]
-        return {
-            "data": [
-                {
-                    "type": "bar",
-                    "orientation": "h",
-                    "x": rounded(row[near]),
-                    "y": [f"agent {n}" for n in near],
-                    "customdata": near,
-                    "hovertext": [hover_names(of.agents)[n] for n in near],
-                    "hovertemplate": "%{hovertext}: %{x:.4g}<extra></extra>",
-                    "marker": {"color": [of.agents[n].colour for n in near]},
-                    "showlegend": False,
-                }
-            ],
-            "layout": {
-                "xaxis": {"title": {"text": "embedding distance"}, "rangemode": "tozero"},
-                "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
-                "annotations": [] if near else message("no finite embedding"),
-                "meta": {
-                    "click": {"customdata": "other"},
-                    "note": f"of agent {choices.agent}",
-                    "alt": f"Nearest to agent {choices.agent}: {', '.join(map(str, near))}",
-                },
-            },
-        }
+        return nearest_figure(row, choices.agent, of.agents, "embedding distance")
 
     return Panel(
         name="neighbours",
         title="Nearest neighbours of the chosen agent",
         reading="The shortest bar is the most similar agent. Click one to pair it with the chosen.",
-        definition=f"Euclidean distances of the rows themselves, not of a projection; {_NEAREST} "
+        definition=f"Euclidean distances of the rows themselves, not of a projection; {NEAREST} "
         "at most.",
         parts=[
             Part(depends=("run", "network", "agent", "update"), draw=draw, updates=updates_of(runs))

@@ -8,9 +8,12 @@ import numpy as np
 from dashboards.choices import Choices
 from dashboards.colours import OKABE_ITO, SEQUENTIAL, Mark
 from dashboards.panel import Figure, Part
-from dashboards.style import QUIET, rounded
+from dashboards.style import QUIET, message, rounded
 from dashboards.tables import RunTables
 from dashboards.text import for_plotly
+
+NEAREST = 12
+"""How many agents stand beside a chosen one."""
 
 _COLLIDE = 0.02  # of the axis range: nearer agents share one number label
 
@@ -48,6 +51,63 @@ def agent_trace(
         "selected": {"marker": {"size": 17, "opacity": 1}},
         "showlegend": False,
     } | axes
+
+
+def nearest_figure(
+    row: np.ndarray,
+    chosen: int,
+    marks: Sequence[Mark],
+    distance: str,
+    ends: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Figure:
+    """Draw the agents nearest to a chosen one as bars, the nearest first.
+
+    Args:
+        row: Their distances from it [agent]; what is not finite is left out.
+        chosen: Its number.
+        marks: The agents'.
+        distance: What the distances are, as the axis says it.
+        ends: Lower and upper ends of the distances' intervals [agent], if they have any.
+
+    Returns:
+        The figure, in which a click chooses the other agent of the pair.
+    """
+    order = np.argsort(row, kind="stable").tolist()
+    near = [n for n in order if n != chosen and np.isfinite(row[n])][:NEAREST]
+    names = hover_names(marks)
+    bars: dict[str, Any] = {
+        "type": "bar",
+        "orientation": "h",
+        "x": rounded(row[near]),
+        "y": [f"agent {n}" for n in near],
+        "customdata": near,
+        "hovertext": [names[n] for n in near],
+        "hovertemplate": "%{hovertext}: %{x:.4g}<extra></extra>",
+        "marker": {"color": [marks[n].colour for n in near]},
+        "showlegend": False,
+    }
+    if ends is not None:
+        low, high = ends
+        bars["error_x"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": rounded((high - row)[near]),
+            "arrayminus": rounded((row - low)[near]),
+            "thickness": 1.5,
+        }
+    return {
+        "data": [bars],
+        "layout": {
+            "xaxis": {"title": {"text": distance}, "rangemode": "tozero"},
+            "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
+            "annotations": [] if near else message("no other agent at a finite distance"),
+            "meta": {
+                "click": {"customdata": "other"},
+                "note": f"of agent {chosen}",
+                "alt": f"Nearest to agent {chosen}: {', '.join(map(str, near))}",
+            },
+        },
+    }
 
 
 def hover_names(marks: Sequence[Mark]) -> list[str]:
