@@ -76,7 +76,9 @@ def serve(
         listener.close()
         raise
     names = list(index.paths()) if all(map(_is_run_itself(index), folders)) else []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also of SIGINT: a shell without job control has what it starts in the background ignore it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     announce(_address(host, port, names, token))
     # Ends, and lets its threads end, at KeyboardInterrupt.
     server.run()

@@ -412,6 +412,18 @@ def test_a_server_for_others_prints_a_token_and_asks_for_it(folder):
     assert (server.returncode, err) == (0, "")
 
 
+def test_ctrl_c_ends_a_server_that_a_script_started_in_the_background(folder):
+    # such a shell has it ignore SIGINT
+    kept = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        server, _ = started(folder / "fups")
+    finally:
+        signal.signal(signal.SIGINT, kept)
+    server.send_signal(signal.SIGINT)
+    out, err = server.communicate(timeout=60)
+    assert (server.returncode, out, err) == (0, "", "")
+
+
 def refused(capsys, *arguments):
     assert main(["dashboard", *map(str, arguments)]) == 2
     found = capsys.readouterr()
