@@ -1,4 +1,4 @@
-"""Samples of all agents in one row, sorted by agent."""
+"""What a loop hands in: checked, and where all agents' samples stand in one row, sorted."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from gradlab.checks import check
+from gradlab.checks import UsageError, check
 
 
 def by_agent(
@@ -75,3 +75,47 @@ def by_agent(
     found = {name: tensor[filled.to(tensor.device)] for name, tensor in batch.items()}
     places = None if copy is None else copies.repeat_interleave(width.to(copies.device))
     return found, None if mask.all() else mask, places
+
+
+def check_samples(batch: object, device: torch.device, where: str = "batch") -> None:
+    """Refuse a batch that no gradients can be taken of.
+
+    Args:
+        batch: What was handed in.
+        device: Where the policy is.
+        where: What the batch is called.
+
+    Raises:
+        UsageError: If it does not hold tensors by name, or they are elsewhere.
+    """
+    if not isinstance(batch, Mapping):
+        check(False, where, "hold tensors by name", type(batch).__name__)
+    assert isinstance(batch, Mapping)
+    for name, tensor in batch.items():
+        place = f"{where}[{name!r}]"
+        check(isinstance(tensor, Tensor), place, "be a tensor", type(tensor).__name__)
+        if tensor.device != device:
+            raise UsageError(
+                f"`{place}` must be where the policy is, on {device}. Got it on {tensor.device}; "
+                f"move it: .to({str(device)!r})."
+            )
+
+
+def check_agents(batch: Mapping[str, Tensor], agents: int, where: str = "batch") -> None:
+    """Refuse a batch whose agents are not told apart.
+
+    Args:
+        batch: Tensors by name.
+        agents: Number of agents.
+        where: What the batch is called.
+
+    Raises:
+        UsageError: If a tensor has not as many rows as there are agents.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+    if any(shape[:1] != (agents,) for shape in shapes.values()):
+        raise UsageError(
+            f"`{where}` must tell its {agents} agents apart. Got {shapes}; hand in tensors "
+            "[agent, sample, ...], or [sample, ...] with each sample's agent: "
+            "probe(batch, agent=numbers)."
+        )

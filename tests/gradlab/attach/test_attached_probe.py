@@ -320,6 +320,92 @@ def test_loss_of_the_whole_batch_is_noticed(tmp_path):
     probe.close()
 
 
+def critic():
+    torch.manual_seed(9)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+
+
+def value_loss(policy, sample):
+    return (policy(sample["obs"])[0] - sample["advantage"]).square()
+
+
+def both(seed=1):
+    of = batch(seed)
+    return {"actor": of, "critic": {name: of[name] for name in ("obs", "advantage")}}
+
+
+@pytest.mark.parametrize("actor", [own, network])
+def test_several_networks_are_found_what_each_is_found_alone(actor, tmp_path):
+    policies, losses = {"actor": actor(), "critic": critic()}, {"actor": loss, "critic": value_loss}
+    keep = torch.rand(AGENTS, SAMPLES, generator=torch.Generator().manual_seed(3)) < 0.7
+    with attached(policies, tmp_path, losses, agents=AGENTS, every=1) as probe:
+        found = probe(both(), copy=COPY, mask=keep)
+    assert found.network.values.tolist() == ["actor", "critic"]
+    for name, policy in policies.items():
+        settings = {"agents": AGENTS, "every": 1, "network": name}
+        with attached(policy, tmp_path / name, losses[name], **settings) as probe:
+            alone = probe(both()[name], copy=COPY, mask=keep)
+        for quantity in ("norm", "cosine", "cosine_debiased", "variance_within", "residual"):
+            of = found[quantity].sel(network=name)
+            here = of.sel(layer=alone.layer) if "layer" in of.dims else of
+            np.testing.assert_array_equal(here, alone[quantity].sel(network=name), quantity)
+    run = gradlab.open_run(tmp_path / "run")
+    kind = "nops" if actor is own else "fups"
+    assert (run.method, run.info["methods"]) == (kind, {"actor": kind, "critic": "fups"})
+
+
+def test_several_networks_of_samples_in_one_row_share_their_places(tmp_path):
+    policies, losses = (
+        {"actor": network(), "critic": critic()},
+        {"actor": loss, "critic": value_loss},
+    )
+    order = torch.randperm(AGENTS * SAMPLES, generator=torch.Generator().manual_seed(4))
+    agent = torch.arange(AGENTS).repeat_interleave(SAMPLES)[order]
+    flat = {
+        network: {name: tensor.flatten(0, 1)[order] for name, tensor in of.items()}
+        for network, of in both().items()
+    }
+    with attached(policies, tmp_path, losses, agents=AGENTS, every=1) as probe:
+        found = probe(flat, agent=agent, copy=COPY.repeat(AGENTS)[order])
+    with attached(policies, tmp_path / "other", losses, agents=AGENTS, every=1) as probe:
+        expected = probe(both(), copy=COPY)
+    for name in ("norm", "cosine", "cosine_debiased", "variance_within"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_several_networks_that_do_not_fit_are_explained(tmp_path):
+    policies, losses = (
+        {"actor": network(), "critic": critic()},
+        {"actor": loss, "critic": value_loss},
+    )
+    still = {"actor": network(), "critic": critic().requires_grad_(False)}
+    for of, with_loss, message in (
+        ({"q": network()}, {"q": loss}, "networks named actor, critic"),
+        (policies, loss, "`loss` must be a dictionary by network, of actor, critic"),
+        (policies, {"actor": loss}, r"of actor, critic\. Got loss=\['actor'\]"),
+        (policies, losses | {"critic": 3}, r"`loss\['critic'\]` must be a function"),
+        (still, losses, r"`policy\['critic'\]` must have parameters that require"),
+        ({"actor": own(), "critic": nn.ModuleList([critic()] * 2)}, losses, r"be 2, as `policy\["),
+    ):
+        with pytest.raises(UsageError, match=message):
+            attached(of, tmp_path, with_loss, agents=None if "own" in message else AGENTS)
+    probe = attached(policies, tmp_path, losses, agents=AGENTS, every=1)
+    short = both() | {"critic": {name: t[:, 1:] for name, t in both()["critic"].items()}}
+    flat = both() | {"critic": {name: t[0] for name, t in both()["critic"].items()}}
+    for given, message in (
+        (batch(), "`batch` must be a dictionary by network"),
+        (flat, r"`batch\['critic'\]` must tell its 3 agents apart"),
+        (short, "hold the same samples of every network"),
+        (
+            both() | {"critic": {"obs": batch()["obs"]}},
+            r"`batch` must hold what `loss\['critic'\]`",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            probe(given, copy=COPY)
+    probe.close()
+
+
 GLOBAL = network()
 BAD_LOSSES = {
     "not one scalar for one sample": lambda p, s: p(s["obs"]),
