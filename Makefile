@@ -2,7 +2,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-PEERS := .venv-peers
 OPENGL := libegl1 libgl1 libglu1-mesa libgl1-mesa-dri
 
 .PHONY: demo test test-all check bench browser rendering clean
@@ -22,18 +21,13 @@ check: $(VENV)/.installed  ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed $(PEERS)/.installed  ## measure the costs anew (an hour) and write docs/performance.md
+bench: $(VENV)/.installed  ## measure the costs anew (an hour) and write docs/performance.md
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
 	$(BIN)/python tests/benchmarks/report.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,peers,mamujoco,smax,pettingzoo,parquet]"
-	touch $@
-
-$(PEERS)/.installed: constraints.txt  # BenchMARL needs other versions than the project
-	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet benchmarl==1.5.2 torchrl==0.11.1 tensordict==0.11.0 $$(grep -E "^(numpy|torch|vmas)==" constraints.txt)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,peers,mamujoco,smax,pettingzoo,parquet,benchmarl]"
 	touch $@
 
 browser:  ## headless Chromium for the page's tests, from the system's packages
@@ -43,4 +37,4 @@ rendering:  ## OpenGL without a screen for the animations' tests, from the syste
 	@dpkg -s $(OPENGL) >/dev/null 2>&1 || { apt-get update -q && apt-get install -y -q $(OPENGL); }
 
 clean:
-	rm -rf $(VENV) $(PEERS)
+	rm -rf $(VENV)

@@ -17,7 +17,6 @@ from measure import write
 from throughput_gate import MARK, Gate
 
 HERE = Path(__file__).parent
-PEERS = Path(os.environ.get("PEERS") or HERE.parents[1] / ".venv-peers" / "bin" / "python")
 
 PPO = {
     "epochs": 4,
@@ -145,8 +144,7 @@ class Worker:
     def __init__(self, side, cell, allocator):
         library, method = SIDES[side]
         script = "throughput_peer.py" if library == "benchmarl" else "bench_throughput.py"
-        python = PEERS if library == "benchmarl" else sys.executable
-        command = [python, str(HERE / script)]
+        command = [sys.executable, str(HERE / script)]
         command += [] if library == "benchmarl" else ["--side", library]
         self._process = subprocess.Popen(
             [*command, json.dumps(cell | {"method": method})],

@@ -12,7 +12,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench_throughput import HERE, PEERS, PPO, SCENARIOS, settings
+from bench_throughput import HERE, PPO, SCENARIOS, settings
 from measure import write
 
 FRAMES, SEEDS = 640_000, 3
@@ -84,9 +84,8 @@ def gradlab(cell):
 
 def trained(library, cell):
     script = HERE / ("learning_peer.py" if library == "benchmarl" else "compare_learning.py")
-    python = PEERS if library == "benchmarl" else sys.executable
     done = subprocess.run(
-        [python, script, json.dumps(cell)],
+        [sys.executable, script, json.dumps(cell)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL if library == "benchmarl" else None,  # its progress bar
         text=True,

@@ -1,4 +1,4 @@
-"""BenchMARL's side of compare_learning.py; runs in an environment of its own (make .venv-peers)."""
+"""BenchMARL's side of compare_learning.py, a process of its own."""
 
 import json
 import sys

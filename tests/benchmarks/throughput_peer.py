@@ -1,4 +1,4 @@
-"""BenchMARL's side of bench_throughput.py; runs in an environment of its own (make .venv-peers)."""
+"""BenchMARL's side of bench_throughput.py, a process of its own."""
 
 import json
 import sys
