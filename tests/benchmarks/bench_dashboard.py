@@ -32,7 +32,7 @@ NETWORKS = ["actor", "critic"]
 SPACES = ["psi", "theta"]
 LAYERS = ["all", "layer0", "layer1", "layer2", "head"]
 EFFECTS_EVERY = 10
-STEPS = 15  # of the slider
+STEPS = 40  # of the slider
 RUNS, GROWING = 200, 10  # runs in the list; updates that are recorded while they are looked at
 LIMITS = {
     "html": {"megabytes": 15, "seconds to interactive": 3, "slider step, ms": 100},

@@ -150,25 +150,26 @@ def statistics():
 
 def training():
     record = load("training")
-    rows = [
-        (
-            row["method"],
-            row["steps"],
-            f"{row['ms per update']:,.0f}",
-            f"{100 * row['light']:+.1f} %",
-            f"{100 * row['full']:+.1f} %",
-        )
-        for row in record["rows"]
-    ]
-    columns = ("method", "steps", "off, ms per update", "light", "full")
+    rows = []
+    for row in record["rows"]:
+        cells = [row["method"], row["steps"], f"{row['ms per update']:,.0f}"]
+        for level in ("light", "full"):
+            middle, low, high = (100 * share for share in row[f"{level}, whole"])
+            cells += [f"{100 * row[level]:+.1f} %", f"{middle:+.0f} % ({low:+.0f} to {high:+.0f})"]
+        rows.append(cells)
+    columns = ("method", "steps", "off, ms per update")
+    columns += ("light", "light, whole", "full", "full, whole")
     return (
         "## Diagnostics in training\n\nWall time of whole trainings with every update diagnosed "
         "(`--every 1`; the default is every tenth) against `--diagnostics off`: independent PPO, 4 epochs "
         "of 4 minibatches, `vmas/navigation`, 4 agents, 128 copies, rollouts of so many steps, recorded as "
         "`gradlab train` does, one thread. Full diagnoses hold the statistics; transference, behaviour and "
         "geometry have a schedule of their own (`--effects-every`) and are left out.\n\n"
-        + table(columns, rows)
-        + provenance(record)
+        "The three trainings of a row go on side by side, an update of each in turn. `light` and `full`: "
+        "seconds of diagnosing and recording relative to the rest of the same update, less those of "
+        "recording with `off`. `whole`: an update relative to that with `off` of the same turn, median and "
+        "quartiles; as wide as they are, so much does the machine's speed differ from one second to the "
+        "next.\n\n" + table(columns, rows) + provenance(record)
     )
 
 
