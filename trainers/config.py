@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+NONE = "none"
+"""The name of an aggregator that stands for there being none."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -202,6 +204,14 @@ class TrainConfig(_Section):
         description="transference of the steps that Adam would take of the gradients, from its "
         "first step on, instead of steps along them",
     )
+    aggregate: str = Field(
+        NONE,
+        description="what makes one gradient of the agents' own, an aggregator of torchjd: pcgrad, "
+        "upgrad, cagrad, gradvac, mgda, ...; none: their sum, as ever",
+    )
+    aggregate_args: dict[str, JsonValue] = Field(
+        default_factory=dict, description="arguments to the aggregator"
+    )
     ppo: PPOConfig = Field(default_factory=PPOConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     normalise: NormaliseConfig = Field(default_factory=NormaliseConfig)
@@ -218,8 +228,12 @@ class TrainConfig(_Section):
 
     @property
     def scheme(self) -> str:
-        """The sharing scheme in a word: the actors' and the critics', if they differ."""
-        return "+".join(dict.fromkeys(self.methods.values()))
+        """The sharing scheme in a word: the actors' and the critics', if they differ.
+
+        With the aggregator, if there is one: runs of the same scheme are compared as one.
+        """
+        aggregator = [] if self.aggregate == NONE else [self.aggregate]
+        return "+".join(dict.fromkeys([*self.methods.values(), *aggregator]))
 
     @property
     def recurrent_size(self) -> int | None:

@@ -18,6 +18,8 @@ from gradlab.probe import Network
 from gradlab.quantity import Quantity
 from gradlab.run_writer import RunWriter
 from trainers.acting import fixed_parameters
+from trainers.aggregation import Aggregation
+from trainers.aggregators import make_aggregator
 from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint
 from trainers.config import EvaluationConfig, TrainConfig, differing_settings
 from trainers.critic_input import critic_source, make_critic_input
@@ -52,6 +54,7 @@ class Trainer:
         spec: What the environment looks like.
         actor: Generator of the policies.
         critic: Generator of the value functions.
+        aggregations: By network what makes one gradient of the agents'; empty: their sum.
         updates_done: Number of updates done so far.
         last_return: Mean return of the episodes that ended last, NaN before any did.
     """
@@ -104,12 +107,14 @@ class Trainer:
             "critic": Network(generator=self.critic, surrogate=self.value_loss),
         }
         self.diagnosis = Diagnosis(config, networks, self.policy, critic_input, self.optimiser)
+        self.aggregations = self._aggregate()
         self._updater = Updater(
             config.ppo,
             (self.actor, self.critic),
             (self.policy_loss, self.value_loss),
             critic_input,
             self.optimiser,
+            self.aggregations,
         )
         self._critic_input = critic_input
         self._entropy_coefficient = self.policy_loss.entropy_coefficient
@@ -136,6 +141,16 @@ class Trainer:
             config.hypernetwork,
         )
 
+    def _aggregate(self) -> dict[str, Aggregation]:
+        config, found = self.config, {}
+        for network, generator in (("actor", self.actor), ("critic", self.critic)):
+            size = sum(p.numel() for p in generator.parameters() if p.requires_grad)
+            shape = (self.spec.agents, size)
+            made = make_aggregator(config.aggregate, config.aggregate_args, shape)
+            if made is not None:
+                found[network] = Aggregation(made)
+        return found
+
     @property
     def frames_done(self) -> int:
         """Environment steps done so far, summed over copies."""
@@ -154,7 +169,8 @@ class Trainer:
             writer: The run folder.
             progress: Told of every update.
             stop: Asked after each update whether to stop there.
-            tell: Given what the diagnostics find wrong, once for each network, agent and layer.
+            tell: Given what the diagnostics find wrong, once for each network, agent and layer,
+                and what an aggregator could not do, once for each network.
 
         Returns:
             Whether all frames are done. Either way the last update is checkpointed.
@@ -169,6 +185,7 @@ class Trainer:
             for update in range(self.updates_done, self.config.updates):
                 began = time.perf_counter()
                 rollout, quantities = self._next_update(look)
+                self._tell(update, self._updater.findings, tell)
                 seconds = time.perf_counter() - began
                 if self._evaluation_is_due():
                     quantities |= self.evaluate().quantities()
@@ -250,6 +267,9 @@ class Trainer:
         for network in ("actor", "critic"):
             for name, tensor in getattr(self, network).state_dict().items():
                 tensors[f"{network}.{name}"] = tensor
+        for network, aggregation in self.aggregations.items():
+            for name, tensor in aggregation.aggregator.state().items():
+                tensors[f"aggregator.{network}.{name}"] = tensor
         for number, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{name}": value for name, value in moments.items()}
         return Checkpoint(
@@ -283,6 +303,8 @@ class Trainer:
                 tensor = torch.empty_like(parameters[int(number)]).copy_(tensor)
             moments.setdefault(int(number), {})[kind] = tensor
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
+        for network, aggregation in self.aggregations.items():
+            aggregation.aggregator.load_state(checkpoint.under(f"aggregator.{network}."))
         self.collector.env.load_state(checkpoint.under("env"), checkpoint.values["env"])
         self.collector.memory |= checkpoint.under("memory.")
         for name, tensor in checkpoint.under("collector.").items():
@@ -358,15 +380,19 @@ class Trainer:
     ) -> dict[str, Quantity]:
         update = self.updates_done
         quantities = self.diagnosis.of(update, rollout)
-        for finding in self.diagnosis.findings:
-            place = finding.partition(":")[0]
-            if place not in self._told:
-                self._told.add(place)
-                tell(f"update {update}: {finding}")
+        self._tell(update, self.diagnosis.findings, tell)
         if quantities and not self._engines_written:
             writer.describe(engines=self.diagnosis.probe.engines)
             self._engines_written = True
         return quantities
+
+    def _tell(self, update: int, findings: list[str], tell: Callable[[str], None]) -> None:
+        """Tell what is wrong with an update, of each place once."""
+        for finding in findings:
+            place = finding.partition(":")[0]
+            if place not in self._told:
+                self._told.add(place)
+                tell(f"update {update}: {finding}")
 
     def _save_last_good(self, run: Path, wanted: int) -> str:
         """Save the state with `wanted` updates done; returns a sentence that says what is saved.

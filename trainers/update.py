@@ -1,19 +1,20 @@
 """One update of PPO: passes over a rollout in minibatches."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Generator as RandomGenerator
 from torch import Tensor
 
 from gradlab.checks import check
-from gradlab.quantity import Quantity
+from gradlab.quantity import Quantity, join
+from trainers.aggregation import Aggregation
 from trainers.config import PPOConfig
 from trainers.critic_input import CriticInput, critic_source, read_once
 from trainers.finite import check_gradient, finite_mean
 from trainers.generators.generator import Generator
-from trainers.networks import Theta
+from trainers.parameters import AgentParameters, Parameters
 from trainers.ppo import PolicyLoss, Surrogate, normalise
 from trainers.samples import Weights, exist, of_network, of_samples
 
@@ -28,6 +29,9 @@ class Updater:
 
     Advantages are normalised over each minibatch; actor and critic are clipped apart. Every agent's
     mean over its own samples counts alike (`Weights`).
+
+    Attributes:
+        findings: What went wrong with the aggregation in the last update, a sentence each.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Updater:
         losses: tuple[PolicyLoss, Surrogate],
         critic_input: CriticInput,
         optimiser: torch.optim.Optimizer,
+        aggregations: Mapping[str, Aggregation] | None = None,
     ) -> None:
         """Train nothing yet.
 
@@ -46,12 +51,15 @@ class Updater:
             losses: What they minimise.
             critic_input: What the value functions read of the observations, or world states.
             optimiser: Of the parameters of both.
+            aggregations: By network what makes one gradient of its agents'; None: their sum.
         """
+        self.findings: list[str] = []
         self._config = config
         self._actor, self._critic = networks
         self._policy_loss, self._value_loss = losses
         self._critic_input = critic_input
         self._optimiser = optimiser
+        self._aggregations = aggregations or {}
 
     def __call__(
         self, samples: Mapping[str, Tensor], random: RandomGenerator
@@ -67,7 +75,7 @@ class Updater:
             `policy_loss` and `value_loss`, means over minibatches; `approximate_kl` from the policy
             that collected, as Schulman's estimator k3 ("Approximating KL divergence", 2020), and
             `clip_fraction`, the share of samples whose ratio is out of the clip range, both of the
-            last pass; `epochs_done`.
+            last pass; `epochs_done`; and what came of an aggregation.
 
         Raises:
             NotFinite: If a loss or a gradient is not finite. No step was made with it.
@@ -80,7 +88,7 @@ class Updater:
             kl, clipped = 0.0, 0.0
             order = torch.randperm(samples["advantage"].shape[1], generator=random)
             for part in order.tensor_split(config.minibatches):
-                policy, value, moved, out = self._step(samples, part, weights.part(part))
+                policy, value, moved, out = self._step(samples, part, weights.part(part), random)
                 sums["policy_loss"] += policy
                 sums["value_loss"] += value
                 kl += moved / config.minibatches
@@ -93,16 +101,38 @@ class Updater:
             name: Quantity.scalar(total / steps, "loss", "mean over the minibatches of all passes")
             for name, total in sums.items()
         }
-        return found | {
-            "approximate_kl": Quantity.scalar(kl, "nats", f"(r - 1) - log r; {_OF_LAST_PASS}"),
-            "clip_fraction": Quantity.scalar(clipped, "1", f"|r - 1| > clip; {_OF_LAST_PASS}"),
-            "epochs_done": Quantity.scalar(float(epochs), "passes", "exact"),
-        }
+        return (
+            found
+            | self._accounts()
+            | {
+                "approximate_kl": Quantity.scalar(kl, "nats", f"(r - 1) - log r; {_OF_LAST_PASS}"),
+                "clip_fraction": Quantity.scalar(clipped, "1", f"|r - 1| > clip; {_OF_LAST_PASS}"),
+                "epochs_done": Quantity.scalar(float(epochs), "passes", "exact"),
+            }
+        )
+
+    def _accounts(self) -> dict[str, Quantity]:
+        """What came of the aggregations, by network."""
+        accounts = {name: of.account() for name, of in self._aggregations.items()}
+        self.findings = [f"{name}: {said}" for name, (_, said) in accounts.items() if said]
+        return join({name: found for name, (found, _) in accounts.items()}, "network", "")
+
+    def _parameters(
+        self, network: str, generator: Generator, random: RandomGenerator
+    ) -> Parameters:
+        aggregation = self._aggregations.get(network)
+        if aggregation is None:
+            return Parameters(generator)
+        return AgentParameters(generator, partial(aggregation, random=random))
 
     def _step(
-        self, samples: Mapping[str, Tensor], part: Tensor, weigh: Weights
+        self,
+        samples: Mapping[str, Tensor],
+        part: Tensor,
+        weigh: Weights,
+        random: RandomGenerator,
     ) -> tuple[float, float, float, float]:
-        """Make one step on some of the samples, which weigh so much.
+        """Make one step on some of the samples, which weigh so much; an aggregator may draw.
 
         Returns:
             Both losses; and, of the policy before the step, approximate KL divergence and share of
@@ -116,7 +146,8 @@ class Updater:
             None if active is None else active.index_select(1, part),
         )
         self._optimiser.zero_grad(set_to_none=True)
-        actor, critic = Parameters(self._actor), Parameters(self._critic)
+        actor = self._parameters("actor", self._actor, random)
+        critic = self._parameters("critic", self._critic, random)
         found = torch.zeros(4, dtype=torch.float64)
         # Rows enough to multiply fast, few enough that what is kept for the backward pass stays in
         # the processor's cache and in memory that the process has already.
@@ -153,39 +184,6 @@ class Updater:
         self._optimiser.step()
         policy_loss, value_loss, moved, clipped = found.tolist()
         return policy_loss, value_loss, moved, clipped
-
-
-class Parameters:
-    """What a generator makes, made once; gradients are collected before they go through it."""
-
-    def __init__(self, generator: Generator) -> None:
-        """Make it.
-
-        Args:
-            generator: Makes all agents' parameters.
-        """
-        self._generator = generator
-        self._made: Theta = {} if generator.reads_observation else generator.all_agents()
-        self._leaves = {name: x.detach().requires_grad_() for name, x in self._made.items()}
-
-    def of(self, observation: Float[Tensor, "agent sample *step obs"]) -> Theta:
-        """Parameters for samples.
-
-        Args:
-            observation: What is seen in them.
-
-        Returns:
-            As `Generator.policy_for`.
-        """
-        if self._generator.reads_observation:
-            return self._generator.policy_for(observation)
-        return self._leaves
-
-    def backward(self) -> None:
-        """Take the gradients that were collected back to what is trained."""
-        found = {name: x.grad for name, x in self._leaves.items() if self._made[name].requires_grad}
-        if found:
-            torch.autograd.backward([self._made[name] for name in found], [*found.values()])
 
 
 def check_minibatches(

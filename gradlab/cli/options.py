@@ -13,7 +13,8 @@ from gradlab.checks import UsageError, unknown_name
 from trainers.config import TrainConfig
 
 _PREFIX = "setting:"
-_ENV_ARGS = "env_args"
+_ASSIGNED = {"env_args": "the environment", "aggregate_args": "the aggregator"}
+"""Settings that are keyword arguments to something, each given by an option of its own."""
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +23,17 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Where to add them.
     """
-    parser.add_argument(
-        "--env-arg",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="keyword argument to the environment; may be given several times",
-    )
+    for setting, what in _ASSIGNED.items():
+        parser.add_argument(
+            f"--{setting.removesuffix('s').replace('_', '-')}",
+            action="append",
+            default=[],
+            dest=setting,
+            metavar="NAME=VALUE",
+            help=f"keyword argument to {what}; may be given several times",
+        )
     for path, field in _fields(TrainConfig):
-        if path == _ENV_ARGS:
+        if path in _ASSIGNED:
             continue
         several = get_origin(field.annotation) is tuple
         default = field.get_default(call_default_factory=True)
@@ -66,9 +69,10 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
             if not isinstance(target, dict):
                 raise UsageError(f"{options.config}: `{section}` must hold settings by name.")
             target[field] = value
-    if options.env_arg:
-        assigned = dict(_assignment(text) for text in options.env_arg)
-        settings[_ENV_ARGS] = {**settings.get(_ENV_ARGS, {}), **assigned}
+    for setting, what in _ASSIGNED.items():
+        if given := getattr(options, setting):
+            assigned = dict(_assignment(text, what) for text in given)
+            settings[setting] = {**settings.get(setting, {}), **assigned}
     return settings
 
 
@@ -123,10 +127,10 @@ def _read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def _assignment(text: str, what: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not (name and separator):
-        raise UsageError(f"an environment's argument must read NAME=VALUE. Got {text!r}.")
+        raise UsageError(f"an argument to {what} must read NAME=VALUE. Got {text!r}.")
     try:
         return name, yaml.safe_load(value)
     except yaml.YAMLError:

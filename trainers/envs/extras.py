@@ -1,4 +1,4 @@
-"""Packages that a family of environments needs beyond gradlab's own, and how to install them."""
+"""Packages beyond gradlab's own that a choice needs, and how to install them."""
 
 import importlib.util
 
@@ -17,12 +17,13 @@ def installed(*modules: str) -> bool:
     return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
-def require(extra: str, *modules: str) -> None:
-    """Raise unless modules can be found; to be called where an environment is made.
+def require(extra: str, *modules: str, needs: str = "") -> None:
+    """Raise unless modules can be found; to be called where what needs them is made.
 
     Args:
         extra: The extra of gradlab that brings them.
         modules: Names of top-level modules.
+        needs: What needs them, with its verb (default: the extra's environments).
 
     Raises:
         UsageError: If one can't be found.
@@ -36,7 +37,7 @@ Install it: pip install 'gradlab[smax]'
     missing = [module for module in modules if not installed(module)]
     if missing:
         raise UsageError(
-            f"{extra} environments need {' and '.join(missing)}, which "
+            f"{needs or f'{extra} environments need'} {' and '.join(missing)}, which "
             f"{'is' if len(missing) == 1 else 'are'} not installed. Install "
             f"{'it' if len(missing) == 1 else 'them'}: pip install 'gradlab[{extra}]'"
         )

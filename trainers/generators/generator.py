@@ -25,9 +25,15 @@ class Generator(nn.Module, ABC):
         mlp: The network whose parameters are made.
         reads_observation: Whether `forward` takes an observation for each agent number as well,
             so that every sample has parameters of its own.
+        made_by_step: Names of the policy parameters that are made of an observation [*step, obs],
+            one for each step; none unless `reads_observation`.
     """
 
     reads_observation: ClassVar[bool] = False
+
+    @property
+    def made_by_step(self) -> frozenset[str]:  # noqa: D102 -- with the attributes
+        return frozenset()
 
     def __init__(self, mlp: MLP, agents: int) -> None:
         super().__init__()
