@@ -71,6 +71,7 @@ def interference_tab(runs: Runs) -> Tab:
         _layers_panel(runs),
         _verdicts_panel(runs),
         _cancelled_panel(runs),
+        _aggregation_panel(runs),
         _tree_panel(runs),
     ]
     return Tab(
@@ -664,6 +665,38 @@ def _cancelled_panel(runs: Runs) -> Panel:
         reading="0: all agents pull one way; 1: their pulls cancel altogether.",
         definition="1 - |Σ gᵢ| / Σ |gᵢ|, plug-in. Orthogonal gradients of n agents give 1 - 1/√n.",
         parts=[Part(depends=("run", "network", "layer"), draw=draw), cursor_of(runs)],
+    )
+
+
+def _aggregation_panel(runs: Runs) -> Panel:
+    def draw(choices: Choices) -> Figure:
+        of = runs[choices.run]
+        where = {"network": choices.network}
+        plain, applied = ({**where, "direction": d} for d in ("plain", "applied"))
+        lines = [
+            line(of, name, Mark(label, colour, ""), where=place)
+            for name, label, colour, place in (
+                ("aggregated_cosine", "cosine of the applied to the sum", OKABE_ITO[0], where),
+                ("aggregated_length", "length of the applied over the sum's", OKABE_ITO[2], where),
+                ("opposed_agents", "agents opposed by the sum", OKABE_ITO[3], plain),
+                ("opposed_agents", "agents opposed by the applied", OKABE_ITO[1], applied),
+            )
+        ]
+        return lines_figure(
+            [found for found in lines if found],
+            {"title": {"text": "cosine, ratio, share"}},
+            empty="no aggregator: the agents' gradients are summed (gradlab train --aggregate)",
+        )
+
+    return Panel(
+        name="aggregation",
+        title="What the aggregator did",
+        reading="Cosine and ratio of 1: nothing. How many agents the step goes against, before and "
+        "after.",
+        definition="Of a run with --aggregate: the gradient that was applied beside the sum of the "
+        "agents' gradients, means over the minibatches of an update. An agent is opposed whose own "
+        "gradient has a cosine below -0.001 with it.",
+        parts=[Part(depends=("run", "network"), draw=draw), cursor_of(runs)],
     )
 
 

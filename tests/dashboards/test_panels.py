@@ -17,6 +17,8 @@ from dashboards.view import View
 from gradlab.checks import UsageError
 from gradlab.estimates import UNDECIDED
 from gradlab.run import open_run
+from trainers.config import TrainConfig
+from trainers.train import train_run
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,27 @@ def test_every_panel_of_every_run_is_a_plotly_figure(view):
             assert isinstance(figure, go.Figure)
             assert figure.layout.meta["alt"], panel.name
             json.dumps(panel.draw(choices), allow_nan=False)
+
+
+def test_what_an_aggregator_did_is_drawn_and_else_said_to_be_none(view, tmp_path):
+    pytest.importorskip("torchjd")
+    settings = {"method": "fups", "aggregate": "pcgrad", "copies": 8, "steps": 8, "frames": 192}
+    train_run(TrainConfig.model_validate(settings), tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    figure = drawn(View([run]), "aggregation", network="critic")
+    recorded = run.metrics.sel(network="critic")
+    opposed = recorded["opposed_agents"]
+    for trace, values in zip(
+        figure["data"],
+        [
+            *(recorded[name] for name in ("aggregated_cosine", "aggregated_length")),
+            *(opposed.sel(direction=direction) for direction in ("plain", "applied")),
+        ],
+        strict=True,
+    ):
+        assert trace["y"] == pytest.approx(values.values, rel=1e-3, abs=1e-6)
+    (note,) = notes(drawn(view, "aggregation"))
+    assert "gradlab train --aggregate" in note
 
 
 def test_panels_have_names_of_their_own_and_say_what_they_depend_on(view):
