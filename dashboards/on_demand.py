@@ -10,21 +10,19 @@ from xarray.core import indexing
 
 from gradlab.run import Run
 
-LARGE = 16_000_000  # bytes
 
-
-def large(run: Run, quantity: str) -> bool:
-    """Tell whether a quantity is too large to be held.
+def size(run: Run, quantity: str) -> int:
+    """Find out how large a quantity is, without reading it.
 
     Args:
         run: A run.
         quantity: The quantity's name.
 
     Returns:
-        Whether all its records together take more than `LARGE` bytes.
+        Bytes that all its records together take, at 8 for a number.
     """
     numbers = math.prod(len(labels) for labels in run.axes(quantity).values())
-    return len(run.updates(quantity)) * numbers * 8 > LARGE
+    return len(run.updates(quantity)) * numbers * 8
 
 
 def on_demand(run: Run, quantity: str) -> xr.DataArray:

@@ -26,8 +26,11 @@ _LEAD = (
     "g is an agent's gradient with respect to the trained parameters, Z with respect to its "
     "policy's; g = JᵀZ, where J is the sharing scheme."
 )
-LIMITS = Limits(updates=40, cells=1_200_000, points=400, history=700_000)
-"""What fits into a page that is mailed; a thinned page says so."""
+LIMITS = Limits(updates=40, cells=1_200_000, points=400, history=700_000, held=10**11)
+"""What fits into a page that is mailed; a thinned page says so.
+
+Its figures are all drawn at once, from every quantity again and again: all that is read is kept.
+"""
 COMMON = ("tab", "run", "order", "space", "quantity", "against")
 """Choices that do not depend on the run."""
 WORDS: dict[str, dict[str, str]] = {

@@ -12,7 +12,7 @@ from analyses.curves import evenly_spaced, frames_by_update
 from analyses.groups import agent_returns, goals, kinds
 from analyses.similarity import clusters
 from dashboards.colours import Mark, agent_marks
-from dashboards.on_demand import large, on_demand
+from dashboards.on_demand import on_demand, size
 from dashboards.panel import earlier
 from dashboards.text import agent_names
 from gradlab.run import Run
@@ -29,12 +29,14 @@ class Limits:
         cells: The most cells of a run's matrices, over all of its stops; at least 8 stops stay.
         points: The most points of a line.
         history: The most numbers of all pairs' histories.
+        held: The most bytes of a quantity that are kept; a larger one is read when it is looked at.
     """
 
     updates: int = 1_000_000
     cells: int = 10**12
     points: int = 1000
     history: int = 10**12
+    held: int = 16_000_000
 
 
 ALL = Limits()
@@ -125,7 +127,7 @@ class RunTables:
         return np.asarray(array.to_numpy()[tuple(at.get(dim, slice(None)) for dim in places)])
 
     def _read(self, quantity: str) -> xr.DataArray:
-        if large(self.run, quantity):
+        if size(self.run, quantity) > self.limits.held:
             self._on_demand.add(quantity)
             return on_demand(self.run, quantity)
         before = self._before.get(quantity)

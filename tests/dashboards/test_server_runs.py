@@ -9,7 +9,8 @@ import xarray as xr
 
 from dashboards.live.runs import RunIndex
 from dashboards.live.watch import Watched
-from dashboards.on_demand import LARGE, large, on_demand
+from dashboards.on_demand import on_demand, size
+from dashboards.page import LIMITS, page_html
 from gradlab.checks import UsageError
 from gradlab.run import Run, open_run
 from gradlab.run_writer import RunWriter
@@ -154,7 +155,7 @@ def test_a_large_quantity_reads_what_is_looked_at(tmp_path, monkeypatch):
             array = xr.DataArray(matrix, dims=tuple(labels), coords=labels)
             writer.write(5 * update, {"matrix": array})
     run = open_run(tmp_path / "r")
-    assert not large(run, "matrix")
+    assert size(run, "matrix") == 8 * numbers.size
     array, whole = on_demand(run, "matrix"), run.quantity("matrix")
     asked = []
     read = Run.quantity
@@ -171,16 +172,14 @@ def test_a_large_quantity_reads_what_is_looked_at(tmp_path, monkeypatch):
     np.testing.assert_array_equal(array.sel(update=[40, 0]).to_numpy(), numbers[[8, 0]])
     np.testing.assert_array_equal(array[2:4, ::-1, 1:].to_numpy(), numbers[2:4, ::-1, 1:])
     xr.testing.assert_equal(array.load(), whole)
-    monkeypatch.setattr("dashboards.on_demand.LARGE", LARGE // 10**6)
-    assert large(run, "matrix")
 
 
-@pytest.mark.parametrize("size", ["held", "on demand"])
+@pytest.mark.parametrize("kept", ["held", "on demand"])
 def test_a_view_grows_with_its_run_and_reads_only_what_is_new(
-    write_run, tmp_path, monkeypatch, size
+    write_run, tmp_path, monkeypatch, kept
 ):
     monkeypatch.setattr("dashboards.live.watch._FRESH", -1)
-    monkeypatch.setattr("dashboards.on_demand.LARGE", {"held": LARGE, "on demand": 0}[size])
+    monkeypatch.setattr("dashboards.tables.size", lambda *_: {"held": 0, "on demand": 10**9}[kept])
     write_run(tmp_path / "whole", updates=8, every=1)
     write_run(tmp_path / "r", updates=4, every=1)
     watched = Watched(RunIndex([tmp_path / "r"]), ["r"])
@@ -200,12 +199,23 @@ def test_a_view_grows_with_its_run_and_reads_only_what_is_new(
     monkeypatch.setattr(Run, "quantity", counting)
     assert watched.refresh() == 1
     grown = watched.figures("update=7", parts)
-    if size == "held":
+    if kept == "held":
         assert {since for name, since in asked if name == "episode_return"} == {4}
     fresh = Watched(RunIndex([tmp_path / "r"]), ["r"])
     assert grown == fresh.figures("update=7", parts)
     assert all(new != old for new, old in zip(grown[:-2], first[:-2], strict=True))
     assert watched.page() == fresh.page()
+
+
+def test_a_page_keeps_what_it_reads(write_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dashboards.tables.size", lambda *_: LIMITS.held)
+    asked = []
+    read = Run.quantity
+    monkeypatch.setattr(
+        Run, "quantity", lambda self, name, **what: asked.append(name) or read(self, name, **what)
+    )
+    page_html([write_run(tmp_path / "r", updates=4, every=1)])
+    assert asked.count("cosine") == 1
 
 
 def append(source, target, since):
