@@ -1,5 +1,6 @@
 import runpy
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -54,3 +55,38 @@ def test_removing_conflict_is_compared_with_leaving_it(tmp_path, capsys):
         assert f"{method}: pcgrad changed the reward per step by {change:+.3f}" in said
     opposed = gradlab.open_run(tmp_path / "fups+pcgrad-0").quantity("opposed_agents")
     assert opposed.sizes == {"update": 2, "network": 2, "direction": 2}
+
+
+@pytest.mark.parametrize(("model", "method"), [("mlp", "fups"), ("hypermarl", "hypermarl")])
+def test_benchmarl_experiment_is_watched_by_one_line(model, method, tmp_path):
+    pytest.importorskip("benchmarl")
+    main = load("benchmarl_navigation.py")["main"]
+    path = main(tmp_path / "new", model, iterations=3, copies=4, steps=10, every=2)
+    run = gradlab.open_run(path)
+    assert (run.state, run.method, run.info["agents"]) == ("done", method, 4)
+    assert run.updates("cosine_debiased") == [0, 2]
+    assert run.quantity("residual").max() < 1e-9
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_torchrl_training_is_watched_and_unchanged(shared, tmp_path, monkeypatch):
+    pytest.importorskip("torchrl")
+    main = load("torchrl_ppo.py")["main"]
+    states = []
+    step = torch.optim.Adam.step
+
+    def noted(optimiser, *rest):
+        step(optimiser, *rest)
+        states[-1] = [p.detach().clone() for p in optimiser.param_groups[0]["params"]]
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    for probe in (main.__globals__["LossProbe"], MagicMock()):
+        states.append([])
+        monkeypatch.setitem(main.__globals__, "LossProbe", probe)
+        main(tmp_path / "run", updates=3, copies=8, steps=10, shared=shared, every=1)
+    for watched, plain in zip(*states, strict=True):
+        assert torch.equal(watched, plain)
+    run = gradlab.open_run(tmp_path / "run")
+    assert (run.state, run.method) == ("done", "fups" if shared else "nops")
+    assert run.updates("cosine_debiased") == run.updates("episode_return") == [0, 1, 2]
+    assert run.quantity("samples")[0].values.tolist() == [[80] * 4] * 2

@@ -333,6 +333,16 @@ class Probe:
 
         return watched
 
+    def rewind(self, update: int) -> None:
+        """Go on at another update, as a training does that goes back to a checkpoint.
+
+        Args:
+            update: Number of the next call; what was recorded of it and of later ones is dropped.
+        """
+        check(update >= 0, "update", "be at least 0", update)
+        self._writer.discard_after(update - 1)
+        self.update = update
+
     def close(self, error: BaseException | None = None) -> None:
         """Mark the run as done; nothing more is recorded.
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradlab.checks import UsageError, check
+from gradlab.contributions import PullsBack
 from gradlab.engine.part import agent_axes
 from gradlab.engine.per_sample import Lookup, PerSample, Rows
 from gradlab.engine.surrogate import Theta
@@ -261,7 +262,13 @@ class Generated(Sharing):
         return {name: torch.stack([of[name] for of in made])[agents] for name in made[0]}
 
     def pull_back(self, z: Theta, agents: Int[Tensor, " row"]) -> dict[str, PerSample]:
-        """See `gradlab.contributions.PullsBack`: one backward pass for all rows of an agent."""
+        """See `gradlab.contributions.PullsBack`: one backward pass for all rows of an agent.
+
+        Where the policy pulls back itself, as gradlab's own generators do, it is asked.
+        """
+        if isinstance(self.policy, PullsBack):
+            pulled = self.policy.pull_back(z, agents)
+            return {f"policy.{name}": gradient for name, gradient in pulled.items()}
         psi = {name: p for name, p in self.named_parameters() if p.requires_grad}
         rows = len(agents)
         found = {name: p.new_zeros(rows, *p.shape) for name, p in psi.items()}
@@ -279,7 +286,7 @@ class Generated(Sharing):
                 if not theta:
                     continue
                 own = (agents == agent).nonzero()[:, 0]
-                pulled = torch.autograd.grad(
+                found_here = torch.autograd.grad(
                     [*theta.values()],
                     [*psi.values()],
                     [z[name][own] for name in theta],
@@ -287,7 +294,7 @@ class Generated(Sharing):
                     retain_graph=True,
                     allow_unused=True,
                 )
-                for name, gradient in zip(psi, pulled, strict=True):
+                for name, gradient in zip(psi, found_here, strict=True):
                     if gradient is not None:
                         found[name][own] = gradient
         return {name: Rows(gradient[None]) for name, gradient in found.items()}
@@ -312,14 +319,20 @@ class Generated(Sharing):
         Returns:
             The module's name in the policy.
         """
-        return owning_module(parameter.removeprefix("policy."))
+        inside = parameter.removeprefix("policy.")
+        of_policy = getattr(self.policy, "layer_of", None)
+        return owning_module(inside) if of_policy is None else str(of_policy(inside))
 
     def representation(self) -> tuple[Float[Tensor, "agent feature"], str]:
-        """What tells the agents apart: what is generated for them.
+        """What tells the agents apart: what the policy says, or what is generated for them.
 
         Returns:
             One row for each agent, and a sentence that says what the rows are.
         """
+        of_policy = getattr(self.policy, "representation", None)
+        if of_policy is not None:
+            rows, what = of_policy()
+            return rows, what
         theta = self(torch.arange(self._agents, device=next(self.parameters()).device))
         rows = [t.detach().reshape(len(t), -1).expand(self._agents, -1) for t in theta.values()]
         return torch.cat(rows, dim=1), "each agent's generated weights"

@@ -1,6 +1,6 @@
 """How a measured process is told to do one rollout and one update at a time, and says what it took.
 
-Only the standard library: the other library's environment imports it too.
+Only the standard library, so that what a process measures has loaded nothing else.
 """
 
 import json

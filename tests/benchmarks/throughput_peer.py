@@ -16,11 +16,15 @@ ALGORITHMS = {"ippo": IppoConfig, "mappo": MappoConfig}
 
 
 class Timing(Callback):
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
     def on_batch_collected(self, batch):  # noqa: ARG002
-        GATE.collected()
+        self.gate.collected()
 
     def on_train_end(self, training_td, group):  # noqa: ARG002
-        GATE.updated()
+        self.gate.updated()
 
 
 def experiment(cell, folder, callbacks=()):
@@ -62,10 +66,9 @@ def experiment(cell, folder, callbacks=()):
 def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        experiment(json.loads(sys.argv[1]), folder, [Timing()]).run()
+        experiment(json.loads(sys.argv[1]), folder, [Timing(Gate())]).run()
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    GATE = Gate()
     main()
