@@ -27,7 +27,7 @@ bench: $(VENV)/.installed  ## measure the costs anew (an hour) and write docs/pe
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,peers,mamujoco,smax,pettingzoo,parquet,benchmarl,aggregate]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,peers,mamujoco,smax,pettingzoo,parquet,benchmarl,aggregate,zarr,onnx,notebook,tensorboard,wandb,mlflow]"
 	touch $@
 
 browser:  ## headless Chromium for the page's tests, from the system's packages

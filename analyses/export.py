@@ -6,9 +6,16 @@ from pathlib import Path
 import pandas as pd
 import xarray as xr
 
-from gradlab.checks import UsageError
+from gradlab.checks import Failed, UsageError
+from gradlab.extras import require
+from gradlab.quantity import Quantity
 from gradlab.registry import Registry
 from gradlab.run import Run
+from gradlab.sinks.known import SINKS
+from gradlab.sinks.record import Record
+from gradlab.sinks.sink import About, Sink
+
+_BLOCK = 64  # updates that are read at once
 
 
 def long_table(run: Run) -> pd.DataFrame:
@@ -74,21 +81,81 @@ def _parquet(run: Run, file: Path) -> None:
         ) from error
 
 
+def _zarr(run: Run, folder: Path) -> None:
+    require("zarr", "zarr", needs="Zarr needs")
+    if folder.exists() and not (folder / ".zgroup").is_file():  # all of it would be removed
+        raise UsageError(
+            f"{folder} is there, and no Zarr store of gradlab's. Choose another folder."
+        )
+    # Format 3 has no specification yet of labels that are text.
+    labelled(run).to_zarr(folder, mode="w", zarr_format=2, consolidated=True)
+
+
+def replay(run: Run, sink: Sink) -> None:
+    """Hand all that a run recorded to a sink, as if it were being recorded.
+
+    Args:
+        run: The run.
+        sink: The sink, which is opened and closed.
+
+    Raises:
+        UsageError: If nothing is recorded.
+    """
+    updates = sorted({update for name in run.quantities for update in run.updates(name)})
+    if not updates:
+        raise UsageError(f"{run.path} has no records to export.")
+    sink.open(About(folder=run.path, info=run.info))
+    for start in range(0, len(updates), _BLOCK):
+        block = updates[start : start + _BLOCK]
+        arrays = {
+            name: run.quantity(name, since=block[0], until=block[-1]) for name in run.quantities
+        }
+        found: dict[int, dict[str, Quantity]] = {}
+        for name, array in arrays.items():
+            for update, part in zip(array["update"].values.tolist(), array, strict=True):
+                found.setdefault(update, {})[name] = Quantity.of(part)
+        for update, quantities in sorted(found.items()):
+            sink.write(Record(update=update, quantities=quantities))
+    sink.close(run.state if run.state in {"done", "failed"} else "stopped")
+
+
+def _to_sink(name: str) -> Callable[[Run, Path], None]:
+    def write(run: Run, folder: Path) -> None:
+        sink = SINKS[name](folder)
+        try:
+            replay(run, sink)
+        except (UsageError, OSError):
+            raise
+        except Exception as error:  # whatever a tool raises when its service does not answer
+            said = " ".join(str(error).split())
+            raise Failed(f"{name} did not take it: {type(error).__name__}: {said}") from error
+
+    return write
+
+
 FORMATS: Registry[Callable[[Run, Path], None]] = Registry(
-    "format", {"netcdf": _netcdf, "parquet": _parquet, "csv": _csv}
+    "format",
+    {
+        "netcdf": _netcdf,
+        "zarr": _zarr,
+        "parquet": _parquet,
+        "csv": _csv,
+        **{name: _to_sink(name) for name in SINKS},
+    },
 )
 
 
 def export(run: Run, form: str, file: Path) -> None:
-    """Write all that a run recorded into one file.
+    """Write all that a run recorded into one file, or a tool's folder.
 
     Args:
         run: The run.
         form: A name in `FORMATS`.
-        file: The file, which is written over.
+        file: The file, which is written over; of sinks the folder, where others may stand already.
 
     Raises:
         UsageError: If there is no such format or nothing recorded, or the file can't be written.
+        Failed: If a tool does not take it.
     """
     write = FORMATS[form]
     try:

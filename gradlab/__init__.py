@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from gradlab.metrics.variance import variance
     from gradlab.preconditioner import adam_preconditioner
     from gradlab.run import Run, open_run
+    from gradlab.sinks.record import Record
+    from gradlab.sinks.sink import Sink
 
 __all__ = [
     "Decomposition",
@@ -45,8 +47,10 @@ __all__ = [
     "Jacobian",
     "Moments",
     "Probe",
+    "Record",
     "Run",
     "SampleGram",
+    "Sink",
     "UsageError",
     "adam_preconditioner",
     "coupling",
@@ -73,8 +77,10 @@ _HOME = {
     "Jacobian": "gradlab.jacobian",
     "Moments": "gradlab.engine.moments",
     "Probe": "gradlab.attach.probe",
+    "Record": "gradlab.sinks.record",
     "Run": "gradlab.run",
     "SampleGram": "gradlab.engine.gram",
+    "Sink": "gradlab.sinks.sink",
     "UsageError": "gradlab.checks",
     "decompose": "gradlab.decomposition",
     "adam_preconditioner": "gradlab.preconditioner",

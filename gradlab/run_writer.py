@@ -2,8 +2,9 @@
 
 import json
 import os
+import secrets
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,8 @@ from filelock import FileLock, Timeout
 
 from gradlab.checks import UsageError
 from gradlab.quantity import Quantity
+from gradlab.sinks.record import Record
+from gradlab.sinks.sink import About, Forwarding, Sink
 
 SCHEMA = 1
 RUN_FILE = "run.json"
@@ -106,9 +109,10 @@ class RunWriter:
                 f"{path} is being written by another process. Wait for it, or choose another --out."
             ) from None
         self._described = False
-        self._info: dict[str, Any] = {"schema": SCHEMA}
+        self._forwarding: Forwarding | None = None
+        self._info: dict[str, Any] = {"schema": SCHEMA, "id": secrets.token_hex(8)}
         if (path / RUN_FILE).is_file():
-            self._info = json.loads((path / RUN_FILE).read_bytes())
+            self._info |= json.loads((path / RUN_FILE).read_bytes())
         # Autocommit mode: transactions are opened and closed by hand, one for each update.
         self._database = sqlite3.connect(path / RECORDS_FILE, isolation_level=None)
         (mode,) = self._database.execute("PRAGMA journal_mode=WAL").fetchone()
@@ -142,6 +146,9 @@ class RunWriter:
         finally:
             self._database.close()
             self._lock.release()
+            if self._forwarding is not None:
+                state = str(self._info.get("state"))
+                self._forwarding.close("stopped" if state == "running" else state)
 
     def describe(self, **info: Any) -> None:  # noqa: ANN401 -- whatever JSON can hold
         """Add to, or replace in, what run.json says.
@@ -157,6 +164,20 @@ class RunWriter:
         text = json.dumps(self._info, indent=2, sort_keys=True) + "\n"
         write_atomically(self.path / RUN_FILE, text.encode())
 
+    def forward(
+        self, sinks: Sequence[Sink], first: int, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Hand what is recorded from now on to sinks as well, until this writer ends.
+
+        Args:
+            sinks: The sinks; they are opened with what run.json says now.
+            first: The update that is recorded next.
+            tell: Given a sentence for each sink that fails.
+        """
+        if sinks:
+            about = About(folder=self.path, info=dict(self._info), first=first)
+            self._forwarding = Forwarding(sinks, about, tell)
+
     def write(self, update: int, values: Mapping[str, Quantity | xr.DataArray]) -> None:
         """Record the quantities of one update in one transaction.
 
@@ -168,10 +189,13 @@ class RunWriter:
         Raises:
             ValueError: If a quantity's axes or labels differ from those of its first record.
         """
+        quantities = {
+            name: Quantity.of(value) if isinstance(value, xr.DataArray) else value
+            for name, value in values.items()
+        }
         self._database.execute("BEGIN")
         try:
-            for name, value in values.items():
-                quantity = Quantity.of(value) if isinstance(value, xr.DataArray) else value
+            for name, quantity in quantities.items():
                 self._define(name, quantity)
                 dtype = self._shapes[name][1]
                 data = np.ascontiguousarray(quantity.values, dtype=dtype).tobytes()
@@ -180,6 +204,8 @@ class RunWriter:
             self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
+        if self._forwarding is not None:
+            self._forwarding.write(Record(update=update, quantities=quantities))
 
     def discard_after(self, update: int) -> None:
         """Drop the records of all updates after one, to be made again.

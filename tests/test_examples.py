@@ -25,6 +25,24 @@ def test_plain_pytorch_finds_who_wants_the_opposite(tmp_path):
     assert np.array_equal(np.sign(cosine[0]), [[1, 1, -1], [1, 1, -1], [-1, -1, 1]])
 
 
+def test_notebook_runs_and_shows_the_run_and_its_plots():
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in cells)  # outputs are stripped
+    nbclient.NotebookClient(notebook, timeout=120).execute()
+    shown = [output.data for cell in cells for output in cell.outputs if "data" in output]
+    assert any("<table>" in data.get("text/html", "") and "own loop" in str(data) for data in shown)
+    figures = [
+        data["application/vnd.plotly.v1+json"]
+        for data in shown
+        if len(data) and any("plotly" in kind for kind in data)
+    ]
+    assert len(figures) == 2
+    assert all(figure["data"] for figure in figures)
+
+
 def test_single_file_ppo_on_pettingzoo_has_three_more_lines(tmp_path):
     pytest.importorskip("mpe2")
     source = (EXAMPLES / "cleanrl_ppo_pettingzoo.py").read_text()

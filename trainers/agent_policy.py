@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradlab.checks import UsageError, check
 from gradlab.run import Run, open_run
 from trainers.evaluation import saved_trainer
 from trainers.loop import Trainer
+from trainers.memory import ENCODER, GRU, Memory
 from trainers.normalisers import ObservationNormaliser
 from trainers.policies import Gaussian
 
@@ -22,6 +22,7 @@ class AgentPolicy(nn.Module):
     Attributes:
         layers: Linear layers and activations.
         continuous: Whether actions are continuous.
+        observation_size: Length of an observation.
     """
 
     allowed: Tensor
@@ -39,16 +40,13 @@ class AgentPolicy(nn.Module):
         """
         super().__init__()
         mlp, policy = trainer.actor.mlp, trainer.policy
-        with torch.no_grad():
-            every = trainer.actor.all_agents()
-        theta = {name: t[agent if len(t) > 1 else 0].clone() for name, t in every.items()}
+        theta = _theta(trainer, agent)
         parts: list[nn.Module] = []
         for name, (outputs, inputs) in mlp.layers.items():
-            layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # draws no random numbers
-            layer.load_state_dict({kind: theta[f"{name}.{kind}"] for kind in ("weight", "bias")})
-            parts += [layer, _ACTIVATIONS[mlp.activation]()]
+            parts += [_linear(theta, name, inputs, outputs), _ACTIVATIONS[mlp.activation]()]
         self.layers = nn.Sequential(*parts[:-1])
         self.continuous = isinstance(policy, Gaussian)
+        self.observation_size = trainer.spec.observation_size
         outputs = mlp.sizes[-1]
         allowed = torch.ones(outputs, dtype=torch.bool)
         self.register_buffer(
@@ -69,28 +67,102 @@ class AgentPolicy(nn.Module):
             self.register_buffer("action_middle", (high + low) / 2)
             self.register_buffer("action_half_range", (high - low) / 2)
 
-    def forward(
-        self, observation: Float[Tensor, "*batch obs"]
-    ) -> Float[Tensor, "*batch action"] | tuple[Tensor, Tensor]:
+    # Annotations with shapes would look at sizes while an exporter follows them as symbols.
+    def forward(self, observation: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Say how the agent acts.
 
         Args:
-            observation: What it sees, as the environment gives it.
+            observation: What it sees, as the environment gives it [*batch, obs].
 
         Returns:
-            Logits of numbered actions, minus infinity for those that the agent does not have; or
-            mean and standard deviation of continuous ones, in the environment's units, before they
-            are clipped to their range; 0 for components that it does not have.
+            [*batch, action]: logits of numbered actions, minus infinity for those that the agent
+            does not have; or mean and standard deviation of continuous ones, in the environment's
+            units, before they are clipped to their range; 0 for components that it does not have.
         """
-        if self._clip is not None:
-            scaled = (observation - self.observation_mean) / self.observation_deviation
-            observation = scaled.clamp(-self._clip, self._clip).to(observation.dtype)
-        made: Tensor = self.layers(observation)
+        return self._acts(self.layers(self._scaled(observation)))
+
+    def _scaled(self, observation: Tensor) -> Tensor:
+        if self._clip is None:
+            return observation
+        scaled = (observation - self.observation_mean) / self.observation_deviation
+        return scaled.clamp(-self._clip, self._clip).to(observation.dtype)
+
+    def _acts(self, made: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if not self.continuous:
             return made.masked_fill(~self.allowed, -torch.inf)
         mean = self.action_middle + self.action_half_range * made
         std = (self.action_half_range * self.log_std.exp()).expand_as(mean)
         return mean.masked_fill(~self.allowed, 0.0), std.masked_fill(~self.allowed, 0.0)
+
+    def example(self, batch: int = 1) -> tuple[Tensor, ...]:
+        """Make inputs of the right form, to trace or export with.
+
+        Args:
+            batch: How many observations.
+
+        Returns:
+            What `forward` takes, all zeros.
+        """
+        return (torch.zeros(batch, self.observation_size),)
+
+
+class RecurrentAgentPolicy(AgentPolicy):
+    """One agent's recurrent policy, step by step: what it remembers goes in and comes out.
+
+    Attributes:
+        encoder: What comes before the memory.
+        memory: The gated recurrent unit.
+    """
+
+    def __init__(self, trainer: Trainer, agent: int, memory: Memory) -> None:
+        """Copy an agent's weights.
+
+        Args:
+            trainer: Holds the networks.
+            agent: Which agent.
+            memory: The networks' memory.
+        """
+        super().__init__(trainer, agent)
+        theta = _theta(trainer, agent)
+        self.encoder = _linear(theta, ENCODER, memory.inputs, memory.size)
+        self.memory = nn.utils.skip_init(nn.GRUCell, memory.size, memory.size)
+        self.memory.load_state_dict({
+            name: theta[f"{GRU}.{name}"] for name in self.memory.state_dict()
+        })
+
+    def forward(  # type: ignore[override]
+        self, observation: Tensor, state: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Say how the agent acts, one step on.
+
+        Args:
+            observation: What it sees, as the environment gives it [batch, obs].
+            state: What it remembers [batch, size]: zeros when an episode begins, then what the step
+                before returned.
+
+        Returns:
+            As of a feed-forward policy, and at the end what it remembers then [batch, size].
+        """
+        state = self.memory(self.encoder(self._scaled(observation)).relu(), state)
+        acts = self._acts(self.layers(state))
+        return (*acts, state) if isinstance(acts, tuple) else (acts, state)
+
+    def example(self, batch: int = 1) -> tuple[Tensor, ...]:
+        """Make inputs of the right form; see `AgentPolicy.example`."""
+        return (*super().example(batch), torch.zeros(batch, self.memory.hidden_size))
+
+
+def _theta(trainer: Trainer, agent: int) -> dict[str, Tensor]:
+    """One agent's parameters by name."""
+    with torch.no_grad():
+        every = trainer.actor.all_agents()
+    return {name: t[agent if len(t) > 1 else 0].clone() for name, t in every.items()}
+
+
+def _linear(theta: dict[str, Tensor], name: str, inputs: int, outputs: int) -> nn.Linear:
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # draws no random numbers
+    layer.load_state_dict({kind: theta[f"{name}.{kind}"] for kind in ("weight", "bias")})
+    return layer
 
 
 def load_policy(run: Run | Path | str, *, agent: int, update: int | None = None) -> AgentPolicy:
@@ -102,19 +174,23 @@ def load_policy(run: Run | Path | str, *, agent: int, update: int | None = None)
         update: The update whose checkpoint to take; by default the newest that is whole.
 
     Returns:
-        The policy, with its scale of observations if the training had one.
+        The policy, with its scale of observations if the training had one; a
+        `RecurrentAgentPolicy` if it has a memory.
 
     Raises:
-        UsageError: If there is no such run, checkpoint or agent; or its policy is recurrent, or
-            made anew for each observation.
+        UsageError: If there is no such run, checkpoint or agent; or its policy is made anew for
+            each observation.
     """
     run = run if isinstance(run, Run) else open_run(run)
     trainer = saved_trainer(run, update, [])
-    check(0 <= agent < trainer.spec.agents, "agent", f"be below {trainer.spec.agents}", agent)
-    if trainer.actor.reads_observation or trainer.actor.mlp.memory is not None:
-        kind = "recurrent" if trainer.actor.mlp.memory is not None else "made for each observation"
+    agents = trainer.spec.agents
+    check(0 <= agent < agents, "agent", f"be from 0 to {agents - 1}", agent)
+    if trainer.actor.reads_observation:
         raise UsageError(
-            f"{run.path}: the policies must be feed-forward networks with fixed weights to be "
-            f"loaded alone. Got {run.method}, {kind}; `trainers.evaluation.evaluate` plays them."
+            f"{run.path}: a policy must have fixed weights to be loaded alone. Got {run.method}, "
+            "which makes them for each observation; `trainers.evaluation.evaluate` plays it."
         )
+    memory = trainer.actor.mlp.memory
+    if memory is not None:
+        return RecurrentAgentPolicy(trainer, agent, memory)
     return AgentPolicy(trainer, agent)

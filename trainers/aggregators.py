@@ -19,9 +19,9 @@ from torch import Generator as RandomGenerator
 from torch import Tensor, nn
 
 from gradlab.checks import UsageError, check, unknown_name
+from gradlab.extras import require
 from gradlab.registry import Registry
 from trainers.config import NONE
-from trainers.envs.extras import require
 
 EXTRA = "aggregate"
 

@@ -13,6 +13,10 @@ NONE = "none"
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+MAY_DIFFER = ("frames", "log")
+"""Settings that may be others when a training is gone on with."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -211,6 +215,10 @@ class TrainConfig(_Section):
     )
     aggregate_args: dict[str, JsonValue] = Field(
         default_factory=dict, description="arguments to the aggregator"
+    )
+    log: tuple[str, ...] = Field(
+        (),
+        description="record elsewhere too: tensorboard, wandb, mlflow; may differ on resuming",
     )
     ppo: PPOConfig = Field(default_factory=PPOConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

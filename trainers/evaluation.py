@@ -198,6 +198,11 @@ def saved_trainer(run: Run, update: int | None, notes: list[str]) -> Trainer:
 
 
 def _settings(run: Run) -> TrainConfig:
+    if run.info.get("attached"):
+        raise UsageError(
+            f"{run.path} must be a training of gradlab's own. Got what a probe recorded of another "
+            "program's; the policies are that program's to save and load."
+        )
     if not run.config:
         raise UsageError(f"{run.path} has lost its settings (run.json), and can't be evaluated.")
     try:

@@ -21,7 +21,7 @@ from trainers.acting import fixed_parameters
 from trainers.aggregation import Aggregation
 from trainers.aggregators import make_aggregator
 from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint
-from trainers.config import EvaluationConfig, TrainConfig, differing_settings
+from trainers.config import MAY_DIFFER, EvaluationConfig, TrainConfig, differing_settings
 from trainers.critic_input import critic_source, make_critic_input
 from trainers.diagnosis import Diagnosis
 from trainers.envs import make_env
@@ -320,7 +320,7 @@ class Trainer:
             UsageError: If its settings are others.
         """
         kept = checkpoint.values.get("config")  # older checkpoints have none
-        differing = kept and differing_settings(kept, self.config, but=("frames",))
+        differing = kept and differing_settings(kept, self.config, but=MAY_DIFFER)
         if differing:
             raise UsageError(
                 f"the checkpoint of update {checkpoint.update} is of a training with {differing}. "

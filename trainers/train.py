@@ -7,8 +7,9 @@ from typing import Any
 from gradlab.checks import UsageError, check
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter, is_run
+from gradlab.sinks.known import make_sinks
 from trainers.checkpoints import Checkpoint, newest_checkpoint
-from trainers.config import TrainConfig, differing_settings
+from trainers.config import MAY_DIFFER, TrainConfig, differing_settings
 from trainers.loop import Progress, Trainer, describe
 
 
@@ -41,7 +42,8 @@ def train_run(
             environment fails. The last good state is saved.
     """
     if resume and is_run(out):
-        check_same_settings(config, out, but=("frames",))
+        check_same_settings(config, out, but=MAY_DIFFER)
+    sinks = make_sinks(config.log)
     trainer = Trainer(config)
     with RunWriter(out, resume=resume) as writer:
         checkpoint, problems = newest_checkpoint(out)
@@ -58,6 +60,7 @@ def train_run(
         progress(trainer.frames_done, trainer.last_return)
         writer.discard_after(trainer.updates_done - 1)
         writer.describe(**describe(trainer), state="running")
+        writer.forward(sinks, trainer.updates_done, tell)
         finished = trainer.run(writer, progress, stop, tell)
         writer.describe(state="done" if finished else "stopped")
     return finished

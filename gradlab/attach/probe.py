@@ -34,6 +34,8 @@ from gradlab.checks import check
 from gradlab.engine.part import batch_axes
 from gradlab.probe import LEVELS, Level, NetworkProbe
 from gradlab.quantity import Quantity, dataset
+from gradlab.sinks.known import make_sinks
+from gradlab.sinks.sink import Sink
 
 Given = Batch | Mapping[str, Batch]
 """A batch; of several networks, one for each."""
@@ -74,6 +76,7 @@ class Probe:
         environment: str = "own loop",
         config: Mapping[str, object] | None = None,
         resume: bool = False,
+        sinks: Sequence[str | Sink] = (),
     ) -> None:
         """Attach to a policy, or to several networks: `{"actor": ..., "critic": ...}`.
 
@@ -102,12 +105,15 @@ class Probe:
             environment: What the run is to say of the environment.
             config: What else it is to say of the training; what JSON can hold.
             resume: Go on with the run in `out`, after its last update.
+            sinks: Where else its records are to go: "tensorboard", "wandb", "mlflow", or objects
+                that obey `gradlab.Sink`.
 
         Raises:
             UsageError: If something is not as it must be, or the folder can't be used.
         """
         check(every >= 1, "every", "be at least 1", every)
         check(level in LEVELS and level != "off", "level", 'be "light" or "full"', level)
+        made = make_sinks(sinks)
         self._several = isinstance(policy, Mapping)
         if not self._several:
             check(network in NETWORKS, "network", 'be "actor" or "critic"', network)
@@ -173,6 +179,7 @@ class Probe:
             config=self._config,
             state="running",
         )
+        self._writer.forward(made, self.update, _warn)
         self._finish = weakref.finalize(self, finish, self._writer)
         for sentence in frozen:
             self._tell(f"not trained, and so left out: {sentence}.")
@@ -381,8 +388,12 @@ class Probe:
     def _tell(self, sentence: str) -> None:
         if sentence not in self._told:
             self._told.add(sentence)
-            warnings.warn(f"gradlab: {sentence}", stacklevel=4)
+            _warn(sentence)
 
 
 def _devices(module: nn.Module) -> set[torch.device]:
     return {p.device for p in module.parameters()}
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(f"gradlab: {sentence}", stacklevel=5)

@@ -155,10 +155,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add.set_defaults(command=show.dashboard, parser=add)
 
-    add = commands.add_parser("export", help="write all that a run recorded for other tools")
+    add = commands.add_parser(
+        "export", help="write all that a run recorded, or an agent's policy, for other tools"
+    )
     add.add_argument("run", type=Path, metavar="RUN")
-    add.add_argument("file", type=Path, metavar="FILE")
-    add.add_argument("--to", required=True, metavar="FORMAT", help="netcdf, parquet or csv")
+    add.add_argument("file", type=Path, metavar="FILE", help="the file, or the tool's folder")
+    add.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="netcdf, zarr, parquet, csv, tensorboard, wandb or mlflow; with --agent onnx or "
+        "torchscript",
+    )
+    add.add_argument("--agent", type=int, metavar="I", help="this agent's policy, not the records")
     add.set_defaults(command=show.export, parser=add)
 
     add = commands.add_parser("runs", help="list the runs in a folder")

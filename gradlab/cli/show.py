@@ -139,16 +139,31 @@ def write_dashboard(folders: Sequence[Path], page: Path) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """`gradlab export`: one file with all that a run recorded.
+    """`gradlab export`: all that a run recorded, or one agent's policy, for other tools.
 
     Args:
         options: The parsed command line.
+
+    Raises:
+        UsageError: If the format does not go with what is to be exported.
     """
+    from analyses.export import FORMATS
     from analyses.export import export as export_run
     from gradlab.run import open_run
+    from trainers.policy_files import POLICY_FORMATS, export_policy
 
+    if options.agent is None and options.to in POLICY_FORMATS:
+        raise UsageError(f"`--to {options.to}` is for a policy. Say whose: add --agent 0.")
+    if options.agent is not None and options.to in FORMATS:
+        raise UsageError(
+            f"`--to {options.to}` is for what a run recorded. Leave out --agent, or choose from "
+            f"{', '.join(POLICY_FORMATS)}."
+        )
     run = open_run(options.run)
-    export_run(run, options.to, options.file)
+    if options.agent is None:
+        export_run(run, options.to, options.file)
+    else:
+        export_policy(run, options.agent, options.to, options.file)
     _print_problems([run])
     print(f"Exported: {options.file}")
 

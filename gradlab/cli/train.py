@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from gradlab.checks import UsageError
 from gradlab.cli.options import given_settings, make_config
 from gradlab.cli.show import print_conflict, write_dashboard
+from trainers.config import MAY_DIFFER
 from trainers.presets import SETTING, load_preset, preset_names, with_preset
 
 DEMO = {
@@ -167,7 +168,7 @@ def _train_run(settings: Mapping[str, Any], out: Path, bar: Progress, *, resume:
 
 
 def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run to go on with; only its length may change."""
+    """The settings of a run to go on with; `MAY_DIFFER` says which may change."""
     from gradlab.run import open_run
     from trainers.checkpoints import newest_checkpoint
     from trainers.train import check_frames, check_same_settings
@@ -180,7 +181,7 @@ def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in given.items()
     }
     config = make_config({**kept, **both})
-    check_same_settings(config, out, but=("frames",))
+    check_same_settings(config, out, but=MAY_DIFFER)
     checkpoint, _ = newest_checkpoint(out)
     if checkpoint:
         check_frames(config, out, checkpoint)

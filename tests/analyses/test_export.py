@@ -27,16 +27,32 @@ def folder(tmp_path_factory):
 def test_netcdf_gives_back_what_was_recorded(folder, tmp_path, capsys):
     assert command(["export", str(folder), "--to", "netcdf", str(tmp_path / "a.nc")]) == 0
     assert "Exported" in capsys.readouterr().out
-    run = gradlab.open_run(folder)
     with xr.open_dataset(tmp_path / "a.nc", engine="scipy") as found:
-        xr.testing.assert_allclose(
-            found["cosine"].dropna("update", how="all"), run.quantity("cosine")
-        )
-        assert found["norm"].attrs == run.quantity("norm").attrs
-        assert found["episode_return"].values.tolist() == [0.5, 1.5, 2.5]
-        rows = found["embedding_actor"].dropna("update", how="all")
-        np.testing.assert_array_equal(rows, run.embeddings["actor"])
-        assert found.attrs["environment"] == "own loop"
+        same_as_recorded(found, folder)
+
+
+def test_zarr_gives_back_what_was_recorded(folder, tmp_path, capsys):
+    pytest.importorskip("zarr")
+    store = tmp_path / "a.zarr"
+    for _ in range(2):  # what stands there is written over
+        assert command(["export", str(folder), "--to", "zarr", str(store)]) == 0
+    with xr.open_zarr(store) as found:
+        same_as_recorded(found, folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert command(["export", str(folder), "--to", "zarr", str(tmp_path / "mine")]) == 2
+    assert "no Zarr store" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def same_as_recorded(found, folder):
+    run = gradlab.open_run(folder)
+    xr.testing.assert_allclose(found["cosine"].dropna("update", how="all"), run.quantity("cosine"))
+    assert found["norm"].attrs == run.quantity("norm").attrs
+    assert found["episode_return"].values.tolist() == [0.5, 1.5, 2.5]
+    rows = found["embedding_actor"].dropna("update", how="all")
+    np.testing.assert_array_equal(rows, run.embeddings["actor"])
+    assert found.attrs["environment"] == "own loop"
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])

@@ -460,7 +460,7 @@ def test_a_weight_for_each_agent_is_a_list():
 
 
 def test_missing_library_is_said_with_the_extra_that_brings_it(monkeypatch):
-    monkeypatch.setattr("trainers.envs.extras.installed", lambda module: module != "clarabel")
+    monkeypatch.setattr("gradlab.extras.installed", lambda module: module != "clarabel")
     with pytest.raises(UsageError) as error:
         make_aggregator("cagrad", {}, (2, 2))
     assert str(error.value) == (

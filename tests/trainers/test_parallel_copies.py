@@ -325,7 +325,7 @@ def test_bad_input_is_a_usage_error(arguments, message):
 
 
 def test_missing_extra_is_one_line_with_what_installs_it(monkeypatch):
-    monkeypatch.setattr("trainers.envs.extras.installed", lambda module: module != "mpe2")
+    monkeypatch.setattr("gradlab.extras.installed", lambda module: module != "mpe2")
     with pytest.raises(UsageError, match=r"need mpe2, .*: pip install 'gradlab\[pettingzoo\]'"):
         make_env(SPREAD, copies=2)
 

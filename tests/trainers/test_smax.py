@@ -204,7 +204,7 @@ def test_what_there_is_not_is_named(name, agents, args, message):
 
 
 def test_missing_package_is_named_with_what_installs_it(monkeypatch):
-    find = "trainers.envs.extras.importlib.util.find_spec"
+    find = "gradlab.extras.importlib.util.find_spec"
     monkeypatch.setattr(find, lambda name: None if name == "jaxmarl" else object())
     assert map_names() == []
     with pytest.raises(UsageError, match=r"jaxmarl, which is not installed.*gradlab\[smax\]"):

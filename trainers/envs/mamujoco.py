@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gradlab.checks import UsageError, check, unknown_name
-from trainers.envs.extras import installed, require
+from gradlab.extras import installed, require
 from trainers.envs.vector_env import Box, EnvSpec, RenderingFailed, Step, VectorEnv
 from trainers.envs.workers import Workers, processor_cores
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from gradlab.checks import Failed, UsageError, check
-from trainers.envs.extras import require
+from gradlab.extras import require
 from trainers.envs.padding import common_space, if_they_differ
 from trainers.envs.vector_env import Box, Discrete, EnvironmentFailed, EnvSpec, Step, VectorEnv
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradlab.checks import UsageError, unknown_name
-from trainers.envs.extras import require
+from gradlab.extras import require
 from trainers.envs.parallel_copies import ParallelCopies, in_one_line
 
 EXTRA = "pettingzoo"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from gradlab.checks import UsageError, check, unknown_name
-from trainers.envs.extras import installed, require
+from gradlab.extras import installed, require
 from trainers.envs.vector_env import Discrete, EnvSpec, Step, VectorEnv
 
 CHOICES = {"attack_mode": ("closest", "random"), "observation_type": ("unit_list", "conic")}

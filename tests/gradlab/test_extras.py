@@ -1,7 +1,7 @@
 import pytest
 
 from gradlab.checks import UsageError
-from trainers.envs.extras import installed, require
+from gradlab.extras import installed, require
 
 
 def test_what_is_installed_is_not_complained_about():
