@@ -75,7 +75,10 @@ def test_removing_conflict_is_compared_with_leaving_it(tmp_path, capsys):
     assert opposed.sizes == {"update": 2, "network": 2, "direction": 2}
 
 
-@pytest.mark.parametrize(("model", "method"), [("mlp", "fups"), ("hypermarl", "hypermarl")])
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [("mlp", "fups"), pytest.param("hypermarl", "hypermarl", marks=pytest.mark.slow)],
+)
 def test_benchmarl_experiment_is_watched_by_one_line(model, method, tmp_path):
     pytest.importorskip("benchmarl")
     main = load("benchmarl_navigation.py")["main"]
@@ -86,7 +89,7 @@ def test_benchmarl_experiment_is_watched_by_one_line(model, method, tmp_path):
     assert run.quantity("residual").max() < 1e-9
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_torchrl_training_is_watched_and_unchanged(shared, tmp_path, monkeypatch):
     pytest.importorskip("torchrl")
     main = load("torchrl_ppo.py")["main"]

@@ -77,7 +77,8 @@ def measured(sides, rounds):
             first = number % len(sides)
             for side in (*sides[first:], *sides[:first]):
                 took = workers[side].measure()
-                found[side].append({kind: sum(parts.values()) for kind, parts in took.items()})
+                found[side].append(took)
+                print(side, took, flush=True)
     finally:
         for worker in workers.values():
             worker.__exit__()
@@ -85,10 +86,14 @@ def measured(sides, rounds):
     for side, stretches in found.items():
         row = {"side": side, "agents": AGENTS, "copies": COPIES, "rounds": rounds}
         for kind in ("wall", "cpu"):
-            pairs = zip(stretches, found["without"], strict=True)
-            ratios = [own[kind] / plain[kind] for own, plain in pairs]
+            took, plain = (
+                [sum(stretch[kind].values()) for stretch in of]
+                for of in (stretches, found["without"])
+            )
+            ratios = [own / other for own, other in zip(took, plain, strict=True)]
             row[kind] = {
-                "seconds": statistics.median(own[kind] for own in stretches),
+                "seconds": statistics.median(took),
+                "collection": statistics.median(s[kind]["collection"] for s in stretches),
                 "ratio": statistics.median(ratios),
                 "least": min(ratios),
                 "most": max(ratios),
