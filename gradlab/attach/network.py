@@ -12,7 +12,7 @@ from gradlab.attach.sharing import Generate, copied, networks_of, sharing_of
 from gradlab.checks import UsageError, check
 from gradlab.engine.part import Part, in_precision
 from gradlab.engine.rewrites import Rewrites
-from gradlab.engine.surrogate import Surrogate, Theta, checked_loss
+from gradlab.engine.surrogate import Surrogate, Theta, checked_loss, explained
 from gradlab.parameters import WHOLE
 from gradlab.probe import Network
 from gradlab.quantity import Quantity, dataset
@@ -96,19 +96,10 @@ class AttachedNetwork:
         Raises:
             UsageError: If something is.
         """
-        part = Part(batch=batch, context=context, mask=mask)
-        where = (0, 0)
-        if mask is not None and mask.any():
-            where = tuple(mask.nonzero()[0].tolist())
-        agent = torch.tensor([where[0]], device=part.device)
-        sample = {name: tensor[where] for name, tensor in part.batch.items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in sample.items()}
-        sample |= {name: tensor[where[0]] for name, tensor in part.context.items()}
+        theta, sample, shapes = self._first(batch, context, mask)
         with torch.enable_grad():
-            made = self.sharing(agent)
-            theta = {name: t[0].detach().requires_grad_() for name, t in made.items()}
             try:
-                value = checked_loss(self.network.surrogate, theta, dict(sample), Rewrites())
+                value = self._value(theta, sample)
             except UsageError:
                 raise
             except Exception as error:
@@ -131,6 +122,57 @@ class AttachedNetwork:
                 f"`loss` must be finite for a finite sample. Got {value.item()} for the first one; "
                 "does it reduce over the batch, as by a standard deviation? Do that beforehand."
             )
+
+    def check_repeats(
+        self,
+        batch: Batch,
+        context: Mapping[str, Tensor],
+        mask: Bool[Tensor, "agent sample"] | None,
+    ) -> None:
+        """Refuse a loss that says something else of a sample when it is called again.
+
+        At every diagnosis: in the first one, where all episodes begin, a state may be forgotten
+        that later on is not.
+
+        Args:
+            batch: As for `attempt`.
+            context: As for `attempt`.
+            mask: As for `attempt`.
+
+        Raises:
+            UsageError: If it does.
+        """
+        theta, sample, _ = self._first(batch, context, mask)
+        with torch.no_grad(), explained():
+            first, second = (self._value(theta, sample) for _ in range(2))
+        if not torch.allclose(first, second, rtol=1e-5, equal_nan=True):
+            raise UsageError(
+                "`loss` must be a function of the sample and the policy's parameters. Got "
+                f"{first.item():.6g} and, called again with the same, {second.item():.6g}; if the "
+                "policy keeps a state between its calls, hand the state in with the sample, and "
+                "set it when `loss` begins."
+            )
+
+    def _first(
+        self,
+        batch: Batch,
+        context: Mapping[str, Tensor],
+        mask: Bool[Tensor, "agent sample"] | None,
+    ) -> tuple[Theta, dict[str, Tensor], dict[str, tuple[int, ...]]]:
+        """The first sample there is: its agent's parameters, what `loss` reads, its shapes."""
+        part = Part(batch=batch, context=context, mask=mask)
+        where = (0, 0)
+        if mask is not None and mask.any():
+            where = tuple(mask.nonzero()[0].tolist())
+        sample = {name: tensor[where] for name, tensor in part.batch.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in sample.items()}
+        sample |= {name: tensor[where[0]] for name, tensor in part.context.items()}
+        made = self.sharing(torch.tensor([where[0]], device=part.device))
+        return {name: t[0].detach().requires_grad_() for name, t in made.items()}, sample, shapes
+
+    def _value(self, theta: Theta, sample: Mapping[str, Tensor]) -> Tensor:
+        with undisturbed({self.device}):  # so that each call draws the same, if it draws
+            return checked_loss(self.network.surrogate, theta, dict(sample), Rewrites())
 
     def _check_target(self, target: nn.Module) -> None:
         with torch.no_grad():

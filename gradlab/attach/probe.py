@@ -282,10 +282,11 @@ class Probe:
         rule = "hold the same samples of every network"
         check(len(set(samples.values())) == 1, "batch", rule, samples)
         context = {name: attached.refreshed() for name, attached in self._networks.items()}
-        if not self._tried:
-            for name, attached in self._networks.items():
-                with in_their_words(name if self._several else None):
+        for name, attached in self._networks.items():
+            with in_their_words(name if self._several else None):
+                if not self._tried:
                     attached.attempt(batches[name], context[name], mask)
+                attached.check_repeats(batches[name], context[name], mask)
         found = self._probe.diagnose(batches, copy, mask, context=context)
         self.findings = list(self._probe.findings)
         if not self._tried:

@@ -117,6 +117,9 @@ def _network(step: Cell, kind: str) -> Callable[..., tuple[Tensor, ...]]:
         state: Tensor | Sequence[Tensor],
         *rest: Any,  # noqa: ANN401
     ) -> tuple[Tensor, ...]:
+        if not isinstance(rest[1], bool):  # torch's other overload, with one argument more in front
+            mend = "pad it, and leave what fills it up out of the loss"
+            raise _refused(kind, "a packed sequence", mend)
         state = (state,) if isinstance(state, Tensor) else tuple(state)
         output, last = _layers(step, kind, input, state, *rest)
         return output, *last
@@ -138,13 +141,15 @@ def _layers(
     batch_first: bool = False,
 ) -> tuple[Tensor, State]:
     each = 4 if has_biases else 2
-    plain = isinstance(params, tuple | list) and len(params) == num_layers * each
-    if bidirectional or (dropout > 0 and train) or not plain:
-        raise UsageError(
-            f"torch.nn.{kind} under per-sample gradients must be unidirectional, without dropout, "
-            f"projections and packed sequences. Got bidirectional={bidirectional}, "
-            f"dropout={dropout}; for other forms, loop over torch.nn.{kind}Cell."
-        )
+    got = None
+    if bidirectional:
+        got = "bidirectional=True"
+    elif dropout > 0 and train:
+        got = f"dropout={dropout} in training mode"
+    elif not isinstance(params, tuple | list) or len(params) != num_layers * each:
+        got = "projections"
+    if got is not None:
+        raise _refused(kind, got, f"loop over torch.nn.{kind}Cell")
     assert isinstance(params, tuple | list)
     time = 1 if batch_first and input.dim() == 3 else 0
     last: list[State] = []
@@ -159,6 +164,13 @@ def _layers(
         input = torch.stack(outputs, time)
         last.append(now)
     return input, tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+
+
+def _refused(kind: str, got: str, mend: str) -> UsageError:
+    return UsageError(
+        f"torch.nn.{kind} under per-sample gradients must be unidirectional, without dropout, "
+        f"projections and packed sequences. Got {got}; {mend}."
+    )
 
 
 RECURRENT: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -78,11 +78,20 @@ _EXPLAINED = {
     ),
     "inplace": (
         "`surrogate` must not write in place. An in-place operation met per-sample gradients; "
-        "use its out-of-place form, e.g. `x = x + y` for `x += y`."
+        "use its out-of-place form, e.g. `x = x + y` for `x += y`, torch.stack for `x[t] = y`."
     ),
     "data-dependent": (
         "`surrogate` must not branch on a tensor's value. Use torch.where instead of `if`, and no "
         "`.item()`."
+    ),
+    "pick": (
+        "`surrogate` must not pick by a mask, as `x[mask]` does: how much is left would differ "
+        "between samples. Use torch.where, or multiply by the mask."
+    ),
+    "unknown": (
+        "`surrogate` must be made of functions that torch.func.vmap knows. Another one was called; "
+        "write it out in others (in place of packed sequences, pad them and leave what fills them "
+        "up out of the loss)."
     ),
     "autograd": (
         "`surrogate` must leave differentiation to the engine. Use torch.func.grad in place of "
@@ -91,7 +100,8 @@ _EXPLAINED = {
     "detach": "`surrogate` must not touch `.data`. Use `.detach()`.",
     "escape": (
         "`surrogate` must be a function of what it is given. A tensor of one call was used after "
-        "it; keep none in attributes, and leave out torch.utils.checkpoint."
+        "it; keep none in attributes (a recurrent policy's state: set it when `surrogate` begins), "
+        "and leave out torch.utils.checkpoint."
     ),
     "out of range": (
         "`surrogate` must look up numbers from 0 to the table's length less one, such as those of "
@@ -113,6 +123,8 @@ _SIGNS = {
     "single memory location": "inplace",
     "data-dependent control flow": "data-dependent",
     ".item() on a tensor": "data-dependent",
+    "dynamic shape": "pick",
+    "batching rule not implemented": "unknown",
     "tensor.requires_grad_()": "autograd",
     "does not require grad and does not have a grad_fn": "autograd",
     "backward() called inside a functorch transform": "autograd",

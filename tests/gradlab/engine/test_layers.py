@@ -41,6 +41,21 @@ def masked_gru(m, x):
     return torch.stack(outputs)
 
 
+def packed(m, x):
+    return m.g(nn.utils.rnn.pack_sequence([x[None]]))[0].data
+
+
+def already_packed(m, x):
+    rows = nn.utils.rnn.PackedSequence(x[None], torch.ones(1, dtype=torch.long))
+    return m.g(rows)[0].data
+
+
+def zeroed(m, x):
+    y = m.a(x)
+    y[x[:3] > 0] = 0
+    return y
+
+
 def whole_gru(m, x):
     return m.head(m.gru(x)[0])
 
@@ -343,15 +358,31 @@ BAD = {
     ),
     "projected": (
         lambda: Net(lambda m, x: m.g(x[None])[0], g=nn.LSTM(6, 3, proj_size=2)),
-        "must be unidirectional, without dropout, projections",
+        "must be unidirectional, .* Got projections; loop over torch.nn.LSTMCell",
     ),
     "dropout between layers": (
         lambda: Net(lambda m, x: m.g(x[None])[0], g=nn.GRU(6, 3, 2, dropout=0.5)),
-        "torch.nn.GRU under .* without dropout",
+        r"torch.nn.GRU under .* Got dropout=0\.5 in training mode",
     ),
     "bidirectional": (
         lambda: Net(lambda m, x: m.g(x[None])[0], g=nn.GRU(6, 3, bidirectional=True)),
-        "must be unidirectional",
+        "Got bidirectional=True; loop over torch.nn.GRUCell",
+    ),
+    "packed": (
+        lambda: Net(packed, g=nn.GRU(6, 3)),
+        "functions that torch.func.vmap knows.*in place of packed sequences, pad them",
+    ),
+    "handed in packed": (
+        lambda: Net(already_packed, g=nn.LSTM(6, 3)),
+        "Got a packed sequence; pad it, and leave",
+    ),
+    "picked by a mask": (
+        lambda: Net(lambda m, x: m.a(x)[x[:3] > 0], a=nn.Linear(6, 3)),
+        "must not pick by a mask",
+    ),
+    "written by a mask": (
+        lambda: Net(zeroed, a=nn.Linear(6, 3)),
+        "must not pick by a mask",
     ),
 }
 
