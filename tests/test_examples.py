@@ -65,11 +65,12 @@ def test_single_file_ppo_on_pettingzoo_has_three_more_lines(tmp_path):
 def test_removing_conflict_is_compared_with_leaving_it(tmp_path, capsys):
     pytest.importorskip("torchjd")
     main = load("remove_conflict.py")["main"]
-    returns = main("pcgrad", seeds=1, updates=2, out=tmp_path)
-    assert [*returns] == ["fups", "fups+pcgrad", "hypermarl", "hypermarl+pcgrad"]
+    rewards = main("pcgrad", seeds=1, updates=2, out=tmp_path)
+    assert [*rewards] == ["fups", "fups+pcgrad", "hypermarl", "hypermarl+pcgrad"]
     said = capsys.readouterr().out
+    assert "reward per step" in said.splitlines()[0]
     for method in ("fups", "hypermarl"):
-        change = returns[f"{method}+pcgrad"][0] - returns[method][0]
+        change = rewards[f"{method}+pcgrad"][0] - rewards[method][0]
         assert f"{method}: pcgrad changed the reward per step by {change:+.3f}" in said
     opposed = gradlab.open_run(tmp_path / "fups+pcgrad-0").quantity("opposed_agents")
     assert opposed.sizes == {"update": 2, "network": 2, "direction": 2}
