@@ -139,8 +139,25 @@ def one_step(trainer, samples):
     }
 
 
-@pytest.mark.parametrize("rows", [7, 4096], ids=["chunks", "whole"])
-@pytest.mark.parametrize("source", SOURCES)
+IN_CHUNKS = {"nops", "hypermarl", "coupled, continuous", "hypermarl, gru, mappo", "coupled, gru"}
+IN_CHUNKS |= {"fups-id, leaving", "coupled, gru, leaving"}
+
+
+@pytest.mark.parametrize(
+    ("source", "rows"),
+    [
+        *(pytest.param(source, 4096, id=f"{source}-whole") for source in SOURCES),
+        *(
+            pytest.param(
+                source,
+                7,
+                id=f"{source}-chunks",
+                marks=() if source in IN_CHUNKS else pytest.mark.slow,
+            )
+            for source in SOURCES
+        ),
+    ],
+)
 def test_rows_are_those_of_a_loop_over_agents(monkeypatch, trainer_of, source, rows):
     monkeypatch.setattr("trainers.update.ROWS", rows)
     trainer, samples = trainer_of(SOURCES[source], aggregate="mean")
@@ -332,7 +349,12 @@ def test_rows_of_zeros_are_no_crash(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "given"), [*((name, {}) for name in AGGREGATORS), *ARGUMENTS.items()], ids=str
+    ("name", "given"),
+    [
+        pytest.param(name, given, marks=pytest.mark.slow if name == "nash-mtl" else ())
+        for name, given in [*((name, {}) for name in AGGREGATORS), *ARGUMENTS.items()]
+    ],
+    ids=str,
 )
 def test_memory_and_chance_go_on_from_what_was_saved(name, given):
     random = torch.Generator().manual_seed(0)
