@@ -161,7 +161,7 @@ def _map_panel(runs: Runs) -> Panel:
         parts=[
             Part(depends=_PARTS, draw=draw, updates=lambda c: runs[c.run].updates(_DISTANCE)),
             colour_part(runs),
-            chosen_part(runs),
+            chosen_part(),
         ],
         height=460,
     )

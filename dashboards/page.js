@@ -80,7 +80,8 @@ gradlab.chunks = function (page) {
 
 // Show a page; `source.parts(panel, chosen)` gives for each part of a panel its figure, the update
 // that it shows (null: none in particular) and a key that differs where the figure does; or, if they
-// are not there yet, a promise to wait for before asking again.
+// are not there yet, a promise to wait for before asking again. Where Plotly is not there yet either,
+// `source.drawing()` is a promise of it.
 gradlab.show = function (page, source) {
   const root = document.documentElement;
   const byId = (id) => document.getElementById(id);
@@ -214,7 +215,7 @@ gradlab.show = function (page, source) {
     // Plotly takes an array for unchanged if it is the same one, so what does not differ is shared.
     const data = figures[0].data.map((trace) => ({ ...trace }));
     const layout = { ...figures[0].layout };
-    if (layout.meta && layout.meta.empty) return { data, layout: structuredClone(layout) };
+    if (layout.meta && layout.meta.empty) return { data, layout: cloned(layout) };
     for (const frame of figures.slice(1)) {
       if (!frame) continue;
       (frame.data || []).slice(0, data.length).forEach((patch, i) => Object.assign(data[i], patch));
@@ -224,8 +225,15 @@ gradlab.show = function (page, source) {
         else layout[name] = value;
       }
     }
-    // Plotly writes into a layout.
-    return { data, layout: structuredClone(layout) };
+    return { data, layout: cloned(layout) };
+  }
+
+  // Plotly writes into a layout, and takes these lists for changed if they are not the same ones.
+  const SAME = ["tickvals", "ticktext", "categoryarray"];
+  function cloned(value, name) {
+    if (value === null || typeof value !== "object" || SAME.includes(name)) return value;
+    if (Array.isArray(value)) return value.map((entry) => cloned(entry));
+    return Object.fromEntries(Object.entries(value).map(([key, entry]) => [key, cloned(entry, key)]));
   }
 
   // ---- drawing ----
@@ -259,6 +267,7 @@ gradlab.show = function (page, source) {
   function drawPanel(panel) {
     const found = figureOf(panel);
     if (found instanceof Promise) return found.then(() => drawPanel(panel));
+    if (!window.Plotly) return source.drawing().then(() => drawPanel(panel));
     const state = JSON.stringify([found.key, chosen.update]);
     if (panel.state === state) return Promise.resolve();
     panel.state = state;
@@ -266,7 +275,9 @@ gradlab.show = function (page, source) {
       panel.key = found.key;
       panel.figure = found.compose();
       if (!panel.figure) return Promise.resolve();
-      const layout = { ...panel.figure.layout, template: page.themes[themed()], uirevision: `${chosen.run}` };
+      // Ours alone: Plotly would draw all anew when it changes.
+      const { meta, ...layout } = panel.figure.layout;
+      Object.assign(layout, { template: page.themes[themed()], uirevision: `${chosen.run}` });
       return Promise.resolve(Plotly.react(panel.id, panel.figure.data, layout, config)).then(() => {
         words(panel, panel.figure, found.update);
         listen(panel);

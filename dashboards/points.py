@@ -140,12 +140,11 @@ def marker(marks: Sequence[Mark], size: int = 11) -> dict[str, Any]:
     }
 
 
-def chosen_part(runs: Mapping[str, RunTables], *, trails: bool = False, traces: int = 1) -> Part:
+def chosen_part(*, before: int = 0, traces: int = 1) -> Part:
     """Make the chosen agent's point larger.
 
     Args:
-        runs: The runs by name.
-        trails: Whether each agent has a trace of its own before the points.
+        before: How many traces there are before the points.
         traces: How many traces of points there are.
 
     Returns:
@@ -153,21 +152,18 @@ def chosen_part(runs: Mapping[str, RunTables], *, trails: bool = False, traces: 
     """
 
     def draw(choices: Choices) -> Figure:
-        before = len(runs[choices.run].agents) if trails else 0
         points = {"selectedpoints": [choices.agent]}
         return {"data": [{}] * before + [points] * traces}
 
-    return Part(depends=("run", "agent") if trails else ("agent",), draw=draw)
+    return Part(depends=("agent",), draw=draw)
 
 
-def colour_part(
-    runs: Mapping[str, RunTables], *, trails: bool = False, solid: bool = False
-) -> Part:
+def colour_part(runs: Mapping[str, RunTables], *, before: int = 0, solid: bool = False) -> Part:
     """Colour points by what was chosen.
 
     Args:
         runs: The runs by name.
-        trails: Whether each agent has a trace of its own before the points.
+        before: How many traces there are before the points.
         solid: Whether the trace is in three dimensions, which knows fewer shapes.
 
     Returns:
@@ -193,7 +189,6 @@ def colour_part(
             note = f"{len(known)} {choices.colour}{'s' * (len(known) != 1)}"
         if solid:
             found["symbol"] = "circle"
-        before = len(marks) if trails else 0
         changes: Figure = {"data": [*({} for _ in range(before)), {"marker": found}]}
         return changes | ({"layout": {"meta": {"colours": note}}} if note else {})
 

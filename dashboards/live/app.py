@@ -31,6 +31,7 @@ _PAGE = """<!DOCTYPE html>
 <title>{%title%}</title>
 {%favicon%}
 {%css%}
+<meta name="plotly" content="PLOTLY">
 STYLES
 SCRIPTS
 </head>
@@ -226,6 +227,7 @@ def _page(sent: dict[str, tuple[bytes, str]]) -> str:
     scripts = (
         f'<script{"" if n == "live.js" else " defer"} src="{address(n)}"></script>'
         for n in sent
-        if n.endswith(".js")
+        if n.endswith(".js") and n != "plotly.js"
     )
-    return _PAGE.replace("STYLES", lines(styles)).replace("SCRIPTS", lines(scripts))
+    page = _PAGE.replace("PLOTLY", address("plotly.js"))
+    return page.replace("STYLES", lines(styles)).replace("SCRIPTS", lines(scripts))

@@ -9,6 +9,25 @@
   const SILENCE = 6000;
   const AGAIN = 8000;
 
+  // Plotly's script takes longer to run than all else together: words come first, and the list of
+  // runs does without.
+  const address = document.querySelector("meta[name=plotly]").content;
+  if (new URLSearchParams(location.search).has("runs")) {
+    document.head.append(element("link", { rel: "preload", as: "script", href: address }));
+  }
+  let loading = null;
+  function plotly() {
+    const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
+    const load = (resolve, reject) => {
+      const script = element("script", { src: address });
+      script.addEventListener("load", resolve);
+      script.addEventListener("error", reject);
+      document.head.append(script);
+    };
+    loading = loading || frame().then(frame).then(() => new Promise(load));
+    return loading;
+  }
+
   // ---- a view of runs ----
   let page = null; // what the server said last
   let shown = null; // what `gradlab.show` gave
@@ -88,6 +107,7 @@
       forget() {
         kept.clear();
       },
+      drawing: plotly,
       askAgain() {
         if (flying) for (const [at, entry] of flying) wanted.set(at, entry);
         flying = null;

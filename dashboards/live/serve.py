@@ -6,6 +6,7 @@ import logging
 import secrets
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlencode
@@ -76,6 +77,8 @@ def serve(
         listener.close()
         raise
     names = list(index.paths()) if all(map(_is_run_itself(index), folders)) else []
+    if not names:  # the list is asked for first: read it while the browser starts
+        threading.Thread(target=index.rows, daemon=True).start()
     # Also of SIGINT: a shell without job control has what it starts in the background ignore it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
