@@ -1,7 +1,7 @@
 """Every setting of a training run, its default and its meaning, in one place."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -21,23 +21,14 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class PPOConfig(_Section):
-    """Proximal policy optimisation (Schulman et al., 2017)."""
+class OnPolicyConfig(_Section):
+    """What on-policy algorithms have in common."""
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="Adam's step size")
     anneal_learning_rate: bool = Field(
         False, description="let the step size fall linearly to 0 over the run's updates"
     )
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="Adam's epsilon")
-    epochs: PositiveInt = Field(4, description="passes over each rollout")
-    minibatches: PositiveInt = Field(
-        4,
-        description="parts that a rollout is cut into per pass, as even as can be (they differ by "
-        "one sample at most); no more than its samples, copies * steps, or copies of recurrent "
-        "networks",
-    )
-    clip: Annotated[float, Field(gt=0)] = Field(0.2, description="clip range of the policy ratio")
-    clip_value: bool = Field(True, description="clip the value loss by the same range")
     discount: Fraction = Field(0.99, description="discount factor gamma")
     gae_lambda: Fraction = Field(0.95, description="lambda of generalised advantage estimation")
     entropy_coefficient: NonNegative | None = Field(
@@ -49,14 +40,52 @@ class PPOConfig(_Section):
         False,
         description="let the weight of the entropy bonus fall linearly to 0 over the run's updates",
     )
+    value_coefficient: NonNegative = Field(0.5, description="weight of the value loss")
+    max_gradient_norm: Annotated[float, Field(gt=0)] = Field(
+        0.5, description="clip the gradient's norm; nops clips each agent's own gradient"
+    )
+
+
+class PPOConfig(OnPolicyConfig):
+    """Proximal policy optimisation (Schulman et al., 2017): `--algorithm ippo` and `mappo`.
+
+    Attributes:
+        normalises_advantages: Whether advantages are normalised over each minibatch.
+    """
+
+    normalises_advantages: ClassVar[bool] = True
+    epochs: PositiveInt = Field(4, description="passes over each rollout")
+    minibatches: PositiveInt = Field(
+        4,
+        description="parts that a rollout is cut into per pass, as even as can be (they differ by "
+        "one sample at most); no more than its samples, copies * steps, or copies of recurrent "
+        "networks",
+    )
+    clip: Annotated[float, Field(gt=0)] = Field(0.2, description="clip range of the policy ratio")
+    clip_value: bool = Field(True, description="clip the value loss by the same range")
     target_kl: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="end an update after the first pass whose mean approximate KL divergence from "
         "the policy that collected is above this (nats)",
     )
-    value_coefficient: NonNegative = Field(0.5, description="weight of the value loss")
-    max_gradient_norm: Annotated[float, Field(gt=0)] = Field(
-        0.5, description="clip the gradient's norm; nops clips each agent's own gradient"
+
+
+class A2CConfig(OnPolicyConfig):
+    """Advantage actor-critic (Mnih et al., 2016), all copies in step: `--algorithm a2c`.
+
+    Attributes:
+        normalises_advantages: Whether advantages are normalised: they are not.
+        epochs: Passes over each rollout.
+        minibatches: Parts of a pass.
+        target_kl: What could end an update before its last pass.
+    """
+
+    normalises_advantages: ClassVar[bool] = False
+    epochs: ClassVar[int] = 1
+    minibatches: ClassVar[int] = 1
+    target_kl: ClassVar[None] = None
+    gae_lambda: Fraction = Field(
+        1.0, description="lambda of generalised advantage estimation; 1: n-step returns"
     )
 
 
@@ -154,9 +183,10 @@ class TrainConfig(_Section):
     critic_method: str | None = Field(
         None, description="sharing scheme of the critics (default: --method)"
     )
-    algorithm: Literal["ippo", "mappo"] = Field(
+    algorithm: Literal["ippo", "mappo", "a2c"] = Field(
         "ippo",
-        description="ippo: critics read their agent's own observation; mappo: that of all agents",
+        description="ippo: PPO whose critics read their agent's own observation; mappo: that of "
+        "all agents; a2c: advantage actor-critic, one step on each rollout, critics as in ippo",
     )
     critic_input: Literal["observations", "state"] = Field(
         "observations",
@@ -221,6 +251,7 @@ class TrainConfig(_Section):
         description="record elsewhere too: tensorboard, wandb, mlflow; may differ on resuming",
     )
     ppo: PPOConfig = Field(default_factory=PPOConfig)
+    a2c: A2CConfig = Field(default_factory=A2CConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     normalise: NormaliseConfig = Field(default_factory=NormaliseConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
@@ -233,6 +264,11 @@ class TrainConfig(_Section):
             "actor": self.actor_method or self.method,
             "critic": self.critic_method or self.method,
         }
+
+    @property
+    def on_policy(self) -> PPOConfig | A2CConfig:
+        """Settings of the algorithm that trains."""
+        return self.a2c if self.algorithm == "a2c" else self.ppo
 
     @property
     def scheme(self) -> str:

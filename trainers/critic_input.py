@@ -1,4 +1,4 @@
-"""What a critic reads: the only difference between independent and multi-agent PPO.
+"""What a critic reads: its agent's observation (IPPO, A2C), or more than that (MAPPO).
 
 Samples hold `observation` of every agent. Where critics are to read the environment's own world
 state, they hold `world_state` [1, sample, state] as well, once for all agents.
@@ -20,7 +20,7 @@ CriticInput = Callable[[Tensor], Tensor]
 def own_observation(
     observation: Float[Tensor, "agent *sample obs"],
 ) -> Float[Tensor, "agent *sample obs"]:
-    """Each agent's value from what it sees itself (IPPO; de Witt et al., 2020).
+    """Each agent's value from what it sees itself (IPPO; de Witt et al., 2020; and A2C).
 
     Args:
         observation: What each agent sees.
@@ -103,11 +103,12 @@ def make_critic_input(config: TrainConfig, spec: EnvSpec) -> CriticInput:
         UsageError: If the environment has no such thing, or the algorithm does not read it.
     """
     if config.critic_input == "observations":
-        return {"ippo": own_observation, "mappo": joint_observation}[config.algorithm]
+        return joint_observation if config.algorithm == "mappo" else own_observation
     check(
         config.algorithm == "mappo",
         "critic_input",
-        "be observations with --algorithm ippo, whose critics read their agent's own",
+        f"be observations with --algorithm {config.algorithm}, whose critics read their "
+        "agent's own",
         config.critic_input,
     )
     if spec.world_state_size is None:

@@ -110,7 +110,8 @@ class Diagnosis:
         config = self._config
         most = config.diagnosed_samples or DIAGNOSED_SAMPLES[config.diagnostics] * config.every
         samples = dict(rollout.samples)
-        samples["advantage"] = normalise(samples["advantage"], samples.get("active"))
+        if config.on_policy.normalises_advantages:
+            samples["advantage"] = normalise(samples["advantage"], samples.get("active"))
         if config.recurrent_size is not None:
             copies = spread(config.copies, max(FEWEST, most // config.steps))
             samples = {name: tensor[:, copies] for name, tensor in samples.items()}

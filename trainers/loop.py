@@ -47,7 +47,7 @@ Progress = Callable[[int, float], None]
 
 
 class Trainer:
-    """One training run of independent or multi-agent PPO, for every sharing scheme.
+    """One training run of PPO or A2C, for every sharing scheme.
 
     Attributes:
         config: Its settings.
@@ -69,7 +69,9 @@ class Trainer:
             check_equal_spaces(self.spec)
         recurrent = config.recurrent_size is not None
         samples = config.copies * (1 if recurrent else config.steps)
-        check_minibatches(config.ppo.minibatches, samples, env.spec.agents, recurrent=recurrent)
+        check_minibatches(
+            config.on_policy.minibatches, samples, env.spec.agents, recurrent=recurrent
+        )
         critic_input = make_critic_input(config, env.spec)
         self.collector = make_collector(config, env)
         seen = critic_input(self.collector.seen[critic_source(self.collector.seen)])
@@ -91,8 +93,8 @@ class Trainer:
         self.value = self.critic.mlp
         self.optimiser = torch.optim.Adam(
             [*self.actor.parameters(), *self.critic.parameters()],
-            lr=config.ppo.learning_rate,
-            eps=config.ppo.adam_epsilon,
+            lr=config.on_policy.learning_rate,
+            eps=config.on_policy.adam_epsilon,
             fused=True,
         )
         self.updates_done = 0
@@ -100,8 +102,8 @@ class Trainer:
         self._saver = Saver()
         self._told: set[str] = set()
         self._engines_written = False
-        self.policy_loss = policy_loss(self.policy, config.ppo)
-        self.value_loss = value_loss(self.value, config.ppo)
+        self.policy_loss = policy_loss(self.policy, config.on_policy)
+        self.value_loss = value_loss(self.value, config.on_policy)
         networks = {
             "actor": Network(generator=self.actor, surrogate=self.policy_loss),
             "critic": Network(generator=self.critic, surrogate=self.value_loss),
@@ -109,7 +111,7 @@ class Trainer:
         self.diagnosis = Diagnosis(config, networks, self.policy, critic_input, self.optimiser)
         self.aggregations = self._aggregate()
         self._updater = Updater(
-            config.ppo,
+            config.on_policy,
             (self.actor, self.critic),
             (self.policy_loss, self.value_loss),
             critic_input,
@@ -347,7 +349,7 @@ class Trainer:
                     theta=fixed_parameters(self.critic),
                     reads=self._critic_input,
                 ),
-                self.config.ppo,
+                self.config.on_policy,
                 self.random,
             )
 
@@ -368,11 +370,11 @@ class Trainer:
 
     def _anneal(self) -> None:
         """Let fall what falls over the run: linearly, from all of it to 1 / updates of it."""
-        ppo, left = self.config.ppo, 1 - self.updates_done / self.config.updates
-        if ppo.anneal_learning_rate:
+        settings, left = self.config.on_policy, 1 - self.updates_done / self.config.updates
+        if settings.anneal_learning_rate:
             for group in self.optimiser.param_groups:
-                group["lr"] = ppo.learning_rate * left
-        if ppo.anneal_entropy:
+                group["lr"] = settings.learning_rate * left
+        if settings.anneal_entropy:
             self.policy_loss.entropy_coefficient = self._entropy_coefficient * left
 
     def _diagnose(

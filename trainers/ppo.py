@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trainers.config import PPOConfig
+from trainers.config import A2CConfig, PPOConfig
 from trainers.networks import MLP, Theta
 from trainers.policies import Policy
 from trainers.samples import of_samples
@@ -16,14 +16,18 @@ Surrogate = Callable[[Theta, dict[str, Tensor]], Tensor]
 class PolicyLoss:
     """The clipped policy loss with its entropy bonus (Schulman et al., 2017, eq. 7 and 9).
 
+    Without a clip range, minus advantage times log-probability, with the same bonus: A2C's (Mnih et
+    al., 2016).
+
     Attributes:
         entropy_coefficient: Weight of the entropy bonus; it may be changed between updates.
+        clip: Clip range of the ratio; None: there is none.
     """
 
-    def __init__(self, policy: Policy, clip: float, entropy_coefficient: float) -> None:
+    def __init__(self, policy: Policy, clip: float | None, entropy_coefficient: float) -> None:
         self.entropy_coefficient = entropy_coefficient
+        self.clip = clip
         self._policy = policy
-        self._clip = clip
 
     def __call__(self, theta: Theta, sample: dict[str, Tensor]) -> Tensor:
         """Each sample's loss.
@@ -52,9 +56,12 @@ class PolicyLoss:
         """
         log_prob, entropy = evaluated(self._policy, theta, sample)
         log_ratio = log_prob - sample["log_prob"]
-        ratio = torch.exp(log_ratio)
-        clipped = ratio.clamp(1 - self._clip, 1 + self._clip)
-        gain = torch.minimum(ratio * sample["advantage"], clipped * sample["advantage"])
+        if self.clip is None:
+            gain = log_prob * sample["advantage"]
+        else:
+            ratio = torch.exp(log_ratio)
+            clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
+            gain = torch.minimum(ratio * sample["advantage"], clipped * sample["advantage"])
         loss = -gain - self.entropy_coefficient * entropy
         return of_samples(loss, sample), log_ratio
 
@@ -74,12 +81,13 @@ def evaluated(policy: Policy, theta: Theta, sample: dict[str, Tensor]) -> tuple[
     return policy.evaluate(theta, read, sample["action"], sample.get("action_mask"))
 
 
-def policy_loss(policy: Policy, config: PPOConfig) -> PolicyLoss:
-    """Make the clipped policy loss that is configured.
+def policy_loss(policy: Policy, config: PPOConfig | A2CConfig) -> PolicyLoss:
+    """Make the policy loss that is configured.
 
     Args:
         policy: The policy.
-        config: Clip range and entropy coefficient (None: the policy's usual one).
+        config: Clip range, where there is one, and entropy coefficient (None: the policy's usual
+            one).
 
     Returns:
         A function of policy parameters and samples (`observation`, `action`, `log_prob`,
@@ -87,7 +95,9 @@ def policy_loss(policy: Policy, config: PPOConfig) -> PolicyLoss:
     """
     weight = config.entropy_coefficient
     return PolicyLoss(
-        policy, config.clip, policy.usual_entropy_coefficient if weight is None else weight
+        policy,
+        config.clip if isinstance(config, PPOConfig) else None,
+        policy.usual_entropy_coefficient if weight is None else weight,
     )
 
 
@@ -110,12 +120,12 @@ def policy_gradient_loss(policy: Policy, entropy_coefficient: float = 0.0) -> Su
     return loss
 
 
-def value_loss(network: MLP, config: PPOConfig) -> Surrogate:
+def value_loss(network: MLP, config: PPOConfig | A2CConfig) -> Surrogate:
     """Half the squared error of the value, clipped around the old value if so configured.
 
     Args:
         network: The value network.
-        config: Clip range, whether to clip, and the loss's weight.
+        config: The loss's weight; of PPO, clip range and whether to clip.
 
     Returns:
         A function of the network's parameters and samples (`observation`, `value`, `target`) that
@@ -125,7 +135,7 @@ def value_loss(network: MLP, config: PPOConfig) -> Surrogate:
     def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
         value = network.forward(theta, network.read(theta, sample)).squeeze(-1)
         error = (value - sample["target"]).square()
-        if config.clip_value:
+        if isinstance(config, PPOConfig) and config.clip_value:
             step = (value - sample["value"]).clamp(-config.clip, config.clip)
             error = torch.maximum(error, (sample["value"] + step - sample["target"]).square())
         return of_samples(0.5 * config.value_coefficient * error, sample)

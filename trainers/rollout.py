@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradlab.checks import check
 from trainers.acting import act
-from trainers.config import PPOConfig, TrainConfig
+from trainers.config import OnPolicyConfig, TrainConfig
 from trainers.critic_input import critic_source
 from trainers.envs.vector_env import VectorEnv, kept
 from trainers.finite import check_finite
@@ -120,7 +120,7 @@ class Collector:
         policy: Policy,
         theta: Callable[[Tensor], Theta],
         critics: Critics,
-        config: PPOConfig,
+        config: OnPolicyConfig,
         random: RandomGenerator,
     ) -> Rollout:
         """Step all copies and estimate advantages.
@@ -309,7 +309,7 @@ def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
             world_states = ObservationNormaliser(env.spec.world_state_size, scales.clip)
     if scales.rewards:
         rewards = RewardNormaliser(
-            env.spec.agents, env.copies, discount=config.ppo.discount, clip=scales.clip
+            env.spec.agents, env.copies, discount=config.on_policy.discount, clip=scales.clip
         )
     return Collector(
         env,

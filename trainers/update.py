@@ -1,4 +1,4 @@
-"""One update of PPO: passes over a rollout in minibatches."""
+"""One update: passes over a rollout in minibatches."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor
 from gradlab.checks import check
 from gradlab.quantity import Quantity, join
 from trainers.aggregation import Aggregation
-from trainers.config import PPOConfig
+from trainers.config import A2CConfig, PPOConfig
 from trainers.critic_input import CriticInput, critic_source, read_once
 from trainers.finite import check_gradient, finite_mean
 from trainers.generators.generator import Generator
@@ -27,8 +27,9 @@ _OF_LAST_PASS = "mean over agents and samples of the last pass, each before its 
 class Updater:
     """Trains actor and critic on what was collected (Schulman et al., 2017, algorithm 1).
 
-    Advantages are normalised over each minibatch; actor and critic are clipped apart. Every agent's
-    mean over its own samples counts alike (`Weights`).
+    Of A2C (Mnih et al., 2016) with one step on all of it. Advantages are normalised over each
+    minibatch, if so configured; actor and critic are clipped apart. Every agent's mean over its own
+    samples counts alike (`Weights`).
 
     Attributes:
         findings: What went wrong with the aggregation in the last update, a sentence each.
@@ -36,7 +37,7 @@ class Updater:
 
     def __init__(
         self,
-        config: PPOConfig,
+        config: PPOConfig | A2CConfig,
         networks: tuple[Generator, Generator],
         losses: tuple[PolicyLoss, Surrogate],
         critic_input: CriticInput,
@@ -72,10 +73,10 @@ class Updater:
             random: Shuffles the samples, those of all agents alike.
 
         Returns:
-            `policy_loss` and `value_loss`, means over minibatches; `approximate_kl` from the policy
-            that collected, as Schulman's estimator k3 ("Approximating KL divergence", 2020), and
-            `clip_fraction`, the share of samples whose ratio is out of the clip range, both of the
-            last pass; `epochs_done`; and what came of an aggregation.
+            `policy_loss` and `value_loss`, means over minibatches; what came of an aggregation; and
+            of PPO `approximate_kl` from the policy that collected, as Schulman's estimator k3
+            ("Approximating KL divergence", 2020), and `clip_fraction`, the share of samples whose
+            ratio is out of the clip range, both of the last pass, and `epochs_done`.
 
         Raises:
             NotFinite: If a loss or a gradient is not finite. No step was made with it.
@@ -101,15 +102,14 @@ class Updater:
             name: Quantity.scalar(total / steps, "loss", "mean over the minibatches of all passes")
             for name, total in sums.items()
         }
-        return (
-            found
-            | self._accounts()
-            | {
-                "approximate_kl": Quantity.scalar(kl, "nats", f"(r - 1) - log r; {_OF_LAST_PASS}"),
-                "clip_fraction": Quantity.scalar(clipped, "1", f"|r - 1| > clip; {_OF_LAST_PASS}"),
-                "epochs_done": Quantity.scalar(float(epochs), "passes", "exact"),
-            }
-        )
+        found |= self._accounts()
+        if self._policy_loss.clip is None:
+            return found
+        return found | {
+            "approximate_kl": Quantity.scalar(kl, "nats", f"(r - 1) - log r; {_OF_LAST_PASS}"),
+            "clip_fraction": Quantity.scalar(clipped, "1", f"|r - 1| > clip; {_OF_LAST_PASS}"),
+            "epochs_done": Quantity.scalar(float(epochs), "passes", "exact"),
+        }
 
     def _accounts(self) -> dict[str, Quantity]:
         """What came of the aggregations, by network."""
@@ -141,10 +141,11 @@ class Updater:
         config = self._config
         agents, places = len(samples["advantage"]), len(part)
         active = samples.get("active")
-        advantage = normalise(
-            samples["advantage"].index_select(1, part),
-            None if active is None else active.index_select(1, part),
-        )
+        advantage = samples["advantage"].index_select(1, part)
+        if config.normalises_advantages:
+            advantage = normalise(
+                advantage, None if active is None else active.index_select(1, part)
+            )
         self._optimiser.zero_grad(set_to_none=True)
         actor = self._parameters("actor", self._actor, random)
         critic = self._parameters("critic", self._critic, random)
@@ -171,11 +172,12 @@ class Updater:
             torch.autograd.backward([policy, value])
             log_ratio = log_ratio.detach()
             change = log_ratio.expm1()  # r - 1
+            out = (change.abs() > (self._policy_loss.clip or torch.inf)).double()
             found += torch.stack([
                 policy.detach(),
                 value.detach(),
                 share * of_chunk(of_samples(change - log_ratio, batch)).mean(),
-                share * of_chunk(of_samples((change.abs() > config.clip).double(), batch)).mean(),
+                share * of_chunk(of_samples(out, batch)).mean(),
             ])
         actor.backward()
         critic.backward()

@@ -6,6 +6,7 @@ from scipy.spatial.distance import jensenshannon
 from analyses.conflict import quantity_table
 from analyses.curves import series
 from gradlab.checks import UsageError
+from gradlab.quantity import dataset
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter
 from trainers.config import TrainConfig
@@ -43,6 +44,27 @@ def test_diagnosed_run_ends_with_the_weights_of_a_plain_one(tmp_path, method):
     assert run.quantity("snd")["update"].values.tolist() == [2]
     assert run.quantity("transference")["update"].values.tolist() == [2]
     assert run.state == "done"
+
+
+def test_a2c_is_diagnosed_on_the_loss_that_it_trains_on(tmp_path):
+    trainer, run = train(tmp_path / "r", algorithm="a2c", env="specialisation-temporal")
+    assert run.info["algorithm"] == "a2c"
+    assert run.quantity("residual").max() < 1e-4
+    assert not {"approximate_kl", "clip_fraction", "epochs_done"} & set(run.quantities)
+    rollout = trainer._collect()
+    recorded = dataset(trainer.diagnosis.of(0, rollout))["norm"]
+    recorded = recorded.sel(network="actor", space="theta", layer="all").values
+    trainer.actor.double()
+    for agent in range(3):
+        theta = {n: t[agent].detach() for n, t in trainer.actor.all_agents().items()}
+        leaves = {name: tensor.requires_grad_() for name, tensor in theta.items()}
+        own = {name: tensor[agent] for name, tensor in rollout.samples.items()}
+        logits = trainer.policy.network.forward(leaves, own["observation"].double())
+        chosen = torch.distributions.Categorical(logits=logits)
+        gain = own["advantage"] * chosen.log_prob(own["action"]) + 0.01 * chosen.entropy()
+        gradient = torch.autograd.grad(-gain.mean(), list(leaves.values()))
+        norm = torch.cat([part.flatten() for part in gradient]).norm().item()
+        assert recorded[agent] == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ PPO = {
     "entropy_coefficient": 0.03,
     "max_gradient_norm": 0.2,
 }
+A2C = {"learning_rate": 0.01, "entropy_coefficient": 0.03, "max_gradient_norm": 0.2}
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
@@ -34,6 +35,7 @@ def make(algorithm, method, env, **ppo):
             "steps": STEPS,
             "network": {"hidden": [6, 5]},
             "ppo": PPO | ppo,
+            "a2c": A2C,
         })
     )
     random = torch.Generator().manual_seed(1)
@@ -104,7 +106,7 @@ class Plain:
         return x, own.get("log_std")
 
     def critic_reads(self, observation, agent):
-        if self.config.algorithm == "ippo":
+        if self.config.algorithm != "mappo":
             return observation[agent]
         return torch.cat([observation[other] for other in range(AGENTS)], dim=-1)
 
@@ -140,7 +142,7 @@ class Plain:
         return torch.cat(policy).mean(), torch.cat(value).mean(), torch.cat(log_ratios)
 
     def step(self, which, loss):
-        ppo, psi = self.config.ppo, self.psi[which]
+        ppo, psi = self.config.on_policy, self.psi[which]
         gradients = dict(zip(psi, torch.autograd.grad(loss, list(psi.values())), strict=True))
         if self.method == "nops":  # each agent's own mean loss is `agents` times its share
             norms = [
@@ -229,6 +231,54 @@ def test_update_is_that_of_a_plain_implementation(
     assert min(moved) > 1e-3
 
 
+class PlainA2C(Plain):
+    """One step along the policy gradient, sample by sample."""
+
+    def losses(self, batch):
+        policy, value = [], []
+        for agent in range(AGENTS):
+            for t in range(STEPS * COPIES):
+                x, action = batch["observation"][agent, t], batch["action"][agent, t]
+                output, log_std = self.output(0, agent, x)
+                if log_std is None:
+                    chosen = torch.distributions.Categorical(logits=output)
+                    log_prob, entropy = chosen.log_prob(action), chosen.entropy()
+                else:
+                    chosen = torch.distributions.Normal(output, log_std.exp())
+                    log_prob, entropy = chosen.log_prob(action).sum(), chosen.entropy().sum()
+                policy.append(-batch["advantage"][agent, t] * log_prob - 0.03 * entropy)
+                error = self.output(1, agent, x)[0] - batch["target"][agent, t]
+                value.append(0.5 * 0.5 * error.square())
+        return sum(policy) / len(policy), sum(value) / len(value)
+
+    def update(self, samples):
+        policy, value = self.losses(samples)
+        self.steps = 1
+        self.step(0, policy)
+        self.step(1, value)
+        return {"policy_loss": policy.item(), "value_loss": value.item()}
+
+
+@pytest.mark.parametrize("env", ["specialisation-temporal", "vmas/navigation"])
+@pytest.mark.parametrize("method", ["fups-id", "nops"])
+def test_update_of_a2c_is_one_step_along_the_policy_gradient(monkeypatch, method, env):
+    monkeypatch.setattr("trainers.update.ROWS", 18)  # chunks of 6, 6, 6 and 2 samples
+    trainer, rollout = make("a2c", method, env)
+    names = ("observation", "action", "log_prob", "value")
+    samples = {name: rollout[name].flatten(1, 2) for name in names}
+    samples |= {"advantage": 3 + plain_gae(rollout, 0.99, 1.0).flatten(1, 2)}
+    samples |= {"target": samples["advantage"] + samples["value"]}
+    plain = PlainA2C(trainer)
+    numbers = plain.update(samples)
+    found = trainer._update(samples)
+    assert {name: of.values.item() for name, of in found.items()} == pytest.approx(
+        numbers, rel=1e-10, abs=1e-12
+    )
+    for network, psi in zip((trainer.actor, trainer.critic), plain.psi, strict=True):
+        for name, parameter in network.named_parameters():
+            torch.testing.assert_close(parameter, psi[name.removeprefix("theta.")], **CLOSE)
+
+
 @pytest.mark.parametrize("method", ["hypermarl", "hypermarl-coupled"])
 def test_chunks_add_up_to_the_gradient_of_the_whole(monkeypatch, method):
     ends = []
@@ -281,6 +331,9 @@ def trained(**settings):
         ({"normalise": {"rewards": True}}, False),
         ({"reward": "team"}, False),
         ({"algorithm": "mappo"}, False),
+        ({"algorithm": "a2c"}, False),
+        ({"a2c": {"learning_rate": 1.0, "gae_lambda": 0.5}}, True),
+        ({"algorithm": "a2c", "a2c": {"gae_lambda": 0.9}}, False),
     ],
     ids=str,
 )
