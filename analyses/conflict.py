@@ -175,6 +175,7 @@ _SCHEMES = {
     "fups-id": "full sharing with IDs",
     "fups-id-nostate": "full sharing of IDs alone",
     "nops": "separate networks",
+    "adapters": "full sharing with adapters",
     "hypermarl": "the hypernetwork",
     "hypermarl-no-rf": "the hypernetwork",
     "hypermarl-linear": "the linear hypernetwork",

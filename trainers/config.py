@@ -136,6 +136,23 @@ class HypernetworkConfig(_Section):
     )
 
 
+class AdapterConfig(_Section):
+    """The low-rank adapters of `--method adapters`."""
+
+    rank: PositiveInt = Field(
+        4,
+        description="rank of each agent's own change of a layer's weight; of layers with fewer "
+        "inputs or outputs, their number",
+    )
+
+
+class SharingConfig(_Section):
+    """Settings of the sharing schemes, each of which reads its own."""
+
+    hypernetwork: HypernetworkConfig = Field(default_factory=HypernetworkConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+
+
 class NormaliseConfig(_Section):
     """Running scales of what the environment gives."""
 
@@ -166,7 +183,7 @@ class EvaluationConfig(_Section):
     )
 
 
-class TrainConfig(_Section):
+class TrainConfig(SharingConfig):
     """One training run.
 
     `preset` says where settings came from; `trainers.presets.with_preset` is what reads it.
@@ -255,7 +272,6 @@ class TrainConfig(_Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     normalise: NormaliseConfig = Field(default_factory=NormaliseConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
-    hypernetwork: HypernetworkConfig = Field(default_factory=HypernetworkConfig)
 
     @property
     def methods(self) -> dict[str, str]:

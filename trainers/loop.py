@@ -140,7 +140,7 @@ class Trainer:
             self.spec.agents,
             self.random,
             config.network,
-            config.hypernetwork,
+            config,
         )
 
     def _aggregate(self) -> dict[str, Aggregation]:

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from gradlab.decomposition import decompose
 from gradlab.engine.accumulate import gradient_moments
-from trainers.config import HypernetworkConfig
+from trainers.config import SharingConfig
 from trainers.envs.vector_env import Discrete
 from trainers.generators import METHODS
 from trainers.policies import make_policy
@@ -20,7 +20,7 @@ from trainers.policies import make_policy
 def row(net, sizes, agents, samples):
     random = torch.Generator().manual_seed(0)
     policy = make_policy(sizes[0], Discrete(n=sizes[-1]), hidden=sizes[1:-1], activation="tanh")
-    generator = METHODS["hypermarl"](policy.network, agents, random, HypernetworkConfig())
+    generator = METHODS["hypermarl"](policy.network, agents, random, SharingConfig())
     loss, _, batch = case(sizes, agents, samples)
     theta = {name: t.detach() for name, t in generator.all_agents().items()}
     psi = {name: p.detach().requires_grad_() for name, p in generator.named_parameters()}

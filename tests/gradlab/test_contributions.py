@@ -6,23 +6,36 @@ from cases import AGENTS, DECOUPLED, case
 from torch import nn
 
 from gradlab.contributions import PullsBack, contributions
-from trainers.config import HypernetworkConfig
+from trainers.config import SharingConfig
 from trainers.envs.vector_env import Box
 from trainers.generators import METHODS
 from trainers.policies import make_policy
 
 FORMS = {
-    "deep": ("hypermarl", HypernetworkConfig(hidden=(5, 4), bias=False), None),
-    "shared trunk": ("hypermarl", HypernetworkConfig(hidden=(5, 4), shared_trunk=True), True),
+    "deep": ("hypermarl", SharingConfig(hypernetwork={"hidden": (5, 4), "bias": False}), None),
+    "shared trunk": (
+        "hypermarl",
+        SharingConfig(hypernetwork={"hidden": (5, 4), "shared_trunk": True}),
+        True,
+    ),
     "linear, shared trunk": (
         "hypermarl-linear",
-        HypernetworkConfig(embedding="learned", shared_trunk=True),
+        SharingConfig(hypernetwork={"embedding": "learned", "shared_trunk": True}),
         None,
     ),
-    "orthogonal": ("hypermarl-linear", HypernetworkConfig(embedding="orthogonal"), None),
-    "random": ("hypermarl", HypernetworkConfig(embedding="random", hidden=(5,)), None),
-    "fups, own log_std": ("fups", HypernetworkConfig(), True),
-    "nops, shared log_std": ("nops", HypernetworkConfig(), False),
+    "orthogonal": (
+        "hypermarl-linear",
+        SharingConfig(hypernetwork={"embedding": "orthogonal"}),
+        None,
+    ),
+    "random": (
+        "hypermarl",
+        SharingConfig(hypernetwork={"embedding": "random", "hidden": (5,)}),
+        None,
+    ),
+    "fups, own log_std": ("fups", SharingConfig(), True),
+    "adapters, own log_std": ("adapters", SharingConfig(adapter={"rank": 2}), True),
+    "nops, shared log_std": ("nops", SharingConfig(), False),
 }
 
 
@@ -47,7 +60,7 @@ def generators():
         yield name, METHODS[method](network, AGENTS, random, config, own_log_std).double()
     network = make_policy(3, box, hidden=(4,), activation="tanh", memory_size=2).network
     for method in DECOUPLED:
-        generator = METHODS[method](network, AGENTS, random, HypernetworkConfig())
+        generator = METHODS[method](network, AGENTS, random, SharingConfig())
         yield f"{method}, recurrent", generator.double()
 
 

@@ -8,7 +8,7 @@ from test_jacobian import dense
 from gradlab.checks import UsageError
 from gradlab.metrics.coupling import coupling
 from gradlab.metrics.coupling_forms import CouplingForms
-from trainers.config import HypernetworkConfig
+from trainers.config import SharingConfig
 from trainers.generators import METHODS
 from trainers.generators.hypernetwork import HyperNetwork
 from trainers.networks import MLP, make_network
@@ -35,6 +35,7 @@ FORMS = {
     "fups, own log_std": ("fups", {}),
     "fups-id, own log_std": ("fups-id", {}),
     "nops, shared log_std": ("nops", {}),
+    "adapters, own log_std": ("adapters", {}),
     "hypermarl, own log_std": ("hypermarl", {"hidden": (6,)}),
     **{f"{method}, recurrent": (method, {"hidden": (6,)}) for method in DECOUPLED},
     "shared trunk, recurrent": ("hypermarl", {"shared_trunk": True, "hidden": (6,)}),
@@ -57,7 +58,7 @@ def make(form, log_std=2, dtype=torch.float64):
         head_gain=1.0,
         log_std_size=log_std,
     )
-    config = HypernetworkConfig.model_validate(settings)
+    config = SharingConfig(hypernetwork=settings)
     generator = METHODS[method](mlp, AGENTS, random, config, OWN_LOG_STD.get(form))
     with torch.no_grad():
         for parameter in generator.parameters():
@@ -348,7 +349,7 @@ def test_probes_in_float32():
 )
 def test_golden_values(method, settings, expected):
     mlp = MLP(sizes=(3, 4, 2), activation="tanh", head_gain=1.0)
-    config = HypernetworkConfig.model_validate(settings)
+    config = SharingConfig(hypernetwork=settings)
     generator = METHODS[method](mlp, 4, torch.Generator().manual_seed(0), config)
     off = ~np.eye(4, dtype=bool)
     for some in (generator, Without(generator)):  # probes know a multiple of the identity exactly
@@ -362,7 +363,7 @@ def test_golden_values(method, settings, expected):
 def test_golden_values_of_ids():
     mlp = MLP(sizes=(3, 4, 2), activation="tanh", head_gain=1.0, log_std_size=2)
     for method in ("fups-id", "fups-id-nostate"):
-        generator = METHODS[method](mlp, 4, torch.Generator(), HypernetworkConfig(), True)
+        generator = METHODS[method](mlp, 4, torch.Generator(), SharingConfig(), True)
         found = coupling(generator, 4, by="parameter").coupling.sel(agent=0, agent_other=1)
         values = dict(zip(found["parameter"].values.tolist(), found.values, strict=True))
         withheld = values.pop("layer0.weight")

@@ -12,7 +12,7 @@ from gradlab.decomposition import decompose
 from gradlab.engine.per_sample import Outer
 from gradlab.metrics.interference import interference
 from gradlab.metrics.variance import variance
-from trainers.config import HypernetworkConfig, PPOConfig
+from trainers.config import PPOConfig, SharingConfig
 from trainers.envs.vector_env import Box, Discrete
 from trainers.generators import METHODS
 from trainers.policies import make_policy
@@ -25,7 +25,7 @@ SPACES = {"discrete": Discrete(n=4), "continuous": Box(low=-torch.ones(2), high=
 def case(method, space, dtype=torch.float64):
     random = torch.Generator().manual_seed(1)
     policy = make_policy(5, SPACES[space], hidden=(6, 6), activation="tanh")
-    generator = METHODS[method](policy.network, AGENTS, random, HypernetworkConfig()).to(dtype)
+    generator = METHODS[method](policy.network, AGENTS, random, SharingConfig()).to(dtype)
     with torch.no_grad():
         for parameter in generator.parameters():
             noise = torch.randn(parameter.shape, generator=random).to(dtype)

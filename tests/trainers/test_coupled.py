@@ -7,7 +7,7 @@ from gradlab.checks import UsageError
 from gradlab.run import open_run
 from trainers.acting import fixed_parameters
 from trainers.checkpoints import newest_checkpoint
-from trainers.config import HypernetworkConfig, TrainConfig
+from trainers.config import SharingConfig, TrainConfig
 from trainers.envs.vector_env import Box, Discrete
 from trainers.generators import METHODS
 from trainers.loop import Trainer
@@ -23,7 +23,7 @@ def make(space, method=METHOD, config=None):
     """A policy, its generator with parameters away from their start, and observations."""
     random = torch.Generator().manual_seed(0)
     policy = make_policy(OBSERVATION, SPACES[space], hidden=(6, 6), activation="tanh")
-    config = config or HypernetworkConfig()
+    config = config or SharingConfig()
     generator = METHODS[method](policy.network, AGENTS, random, config).double()
     with torch.no_grad():
         for parameter in generator.parameters():
@@ -93,7 +93,9 @@ def test_policies_for_an_observation_of_zeros_start_with_ppo_gains():
 
 @pytest.mark.parametrize("embedding", ["learned", "one-hot"])
 def test_representation_has_a_row_for_each_agent(embedding):
-    _, generator, _ = make("continuous", config=HypernetworkConfig(embedding=embedding))
+    _, generator, _ = make(
+        "continuous", config=SharingConfig(hypernetwork={"embedding": embedding})
+    )
     rows, what = generator.representation()
     assert len(rows) == AGENTS
     assert not torch.allclose(rows[0], rows[1])

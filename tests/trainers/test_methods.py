@@ -11,7 +11,7 @@ from torch import nn
 
 from gradlab.cli import run as main
 from gradlab.run import open_run
-from trainers.config import HypernetworkConfig, TrainConfig
+from trainers.config import SharingConfig, TrainConfig
 from trainers.description import describe_generator, describe_networks
 from trainers.envs.vector_env import Box
 from trainers.generators import METHODS
@@ -22,7 +22,7 @@ from trainers.policies import make_policy
 from trainers.train import train_run
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
-PLAIN = HypernetworkConfig()
+PLAIN = SharingConfig()
 
 
 def mlp_of(*sizes, log_std=0, activation="tanh", head_gain=0.01):
@@ -52,7 +52,7 @@ def trained(generator):
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_count_is_that_of_the_generator(method, settings, own_log_std):
-    config = HypernetworkConfig.model_validate(settings)
+    config = SharingConfig(hypernetwork=settings)
     mlp = mlp_of(6, 4, 5, 2, log_std=2)
     counted = METHODS[method].parameters(mlp, 3, config, own_log_std)
     assert counted == trained(make(method, mlp, config=config, own_log_std=own_log_std))
@@ -74,7 +74,7 @@ def test_counts_are_those_of_the_official_networks_on_dispersion(
     method, embedding, algorithm, expected
 ):
     """There actor and critic read one table of embeddings, here each has its own."""
-    config = HypernetworkConfig(embedding_size=embedding)
+    config = SharingConfig(hypernetwork={"embedding_size": embedding})
     seen = 16 * (4 if algorithm == "mappo" else 1)
     networks = (mlp_of(16, 64, 64, 5), mlp_of(seen, 64, 64, 1))
     assert sum(METHODS[method].parameters(mlp, 4, config) for mlp in networks) == expected
@@ -159,7 +159,7 @@ def gains(generator):
 )
 def test_every_agents_layers_start_with_ppo_gains(settings):
     mlp = mlp_of(6, 32, 16, 4)
-    generator = make("hypermarl", mlp, 5, HypernetworkConfig.model_validate(settings))
+    generator = make("hypermarl", mlp, 5, SharingConfig(hypernetwork=settings))
     for layer, found in gains(generator).items():
         wanted = torch.full_like(found, mlp.gain(layer))
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=0)
@@ -184,7 +184,7 @@ def test_without_reset_fan_heads_start_as_any_dense_layer():
 
 @pytest.mark.parametrize("size", [3, 8])
 def test_orthogonal_embeddings_are_orthonormal_and_fixed(size):
-    config = HypernetworkConfig(embedding="orthogonal", embedding_size=size)
+    config = SharingConfig(hypernetwork={"embedding": "orthogonal", "embedding_size": size})
     generator = make("hypermarl", mlp_of(6, 4, 2), 3, config)
     torch.testing.assert_close(generator.embedding @ generator.embedding.mT, torch.eye(3))
     assert "embedding" not in dict(generator.named_parameters())
@@ -194,13 +194,13 @@ def test_orthogonal_embeddings_are_orthonormal_and_fixed(size):
 
 
 def test_more_agents_than_features_get_rows_of_orthonormal_columns():
-    config = HypernetworkConfig(embedding="orthogonal", embedding_size=2)
+    config = SharingConfig(hypernetwork={"embedding": "orthogonal", "embedding_size": 2})
     rows = make("hypermarl", mlp_of(6, 4, 2), 5, config).embedding
     torch.testing.assert_close(rows.mT @ rows, torch.eye(2))
 
 
 def test_random_embeddings_are_standard_normal_and_fixed():
-    config = HypernetworkConfig(embedding="random", embedding_size=64)
+    config = SharingConfig(hypernetwork={"embedding": "random", "embedding_size": 64})
     generator = make("hypermarl-linear", mlp_of(2, 2, 2), 64, config)
     assert generator.embedding.std() == pytest.approx(1, rel=0.05)
     assert abs(generator.embedding.mean()) < 0.05
@@ -233,6 +233,25 @@ def test_without_state_a_policy_is_a_network_of_the_id_alone():
 def test_without_state_ids_start_as_a_layer_that_reads_nothing_else():
     columns = make("fups-id-nostate", mlp_of(6, 8, 4)).id_columns
     torch.testing.assert_close(columns @ columns.mT, 2 * torch.eye(3))
+
+
+def test_adapters_add_an_agents_product_to_the_shared_weights():
+    mlp = mlp_of(6, 8, 3)
+    generator = make("adapters", mlp, config=SharingConfig(adapter={"rank": 5}))
+    assert [tuple(generator.left[layer].shape) for layer in mlp.layers] == [(3, 8, 5), (3, 3, 3)]
+    plain = {name: tensor.detach().clone() for name, tensor in generator.all_agents().items()}
+    assert all(torch.equal(t[0], t[-1]) for t in plain.values())  # all start alike
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in generator.left.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=random))
+    for layer in mlp.layers:
+        for agent in range(3):
+            change = generator.left[layer][agent] @ generator.right[layer][agent]
+            found = generator(torch.tensor([agent]))[f"{layer}.weight"][0]
+            torch.testing.assert_close(found, plain[f"{layer}.weight"][0] + change)
+    rows, _ = generator.representation()
+    assert rows.shape == (3, 6 * 8 + 8 * 3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -299,7 +318,7 @@ def test_one_scheme_named_twice_is_that_scheme(tmp_path):
 def test_a_description_adds_up_to_the_generator(method):
     mlp = mlp_of(6, 8, 5, 2, log_std=2)
     for own, shared in ((True, True), (False, False)):
-        config = HypernetworkConfig(shared_trunk=shared)
+        config = SharingConfig(hypernetwork={"shared_trunk": shared})
         generator = make(method, mlp, config=config, own_log_std=own)
         found = describe_generator("actor", method, generator)
         assert found.psi == trained(generator)
@@ -348,6 +367,7 @@ def test_table_of_the_docs_is_that_of_the_methods():
     [
         pytest.param({"method": "fups-id-nostate"}, id="nostate", marks=pytest.mark.slow),
         pytest.param({"method": "hypermarl-no-rf"}, id="no-rf", marks=pytest.mark.slow),
+        pytest.param({"method": "adapters"}, id="adapters"),
         pytest.param(
             {"hypernetwork": {"shared_trunk": True, "embedding": "orthogonal"}},
             id="shared trunk",

@@ -14,7 +14,7 @@ from gradlab.decomposition import decompose
 from gradlab.estimates import FEWEST
 from gradlab.run import open_run
 from trainers.checkpoints import newest_checkpoint
-from trainers.config import HypernetworkConfig, TrainConfig
+from trainers.config import SharingConfig, TrainConfig
 from trainers.description import describe_generator
 from trainers.envs.vector_env import Discrete, EnvSpec, Step, VectorEnv
 from trainers.generators import METHODS as SCHEMES
@@ -184,7 +184,7 @@ SHARED_GRU = SIZE * (4 + 1) + 6 * SIZE * (SIZE + 1)  # of a memory that reads 4 
 )
 def test_what_is_shared_and_what_is_made(method, memory, made):
     form = {"hidden": (5,), "activation": "tanh", "memory_size": SIZE, "head_gain": 1.0}
-    network, config = make_network(4, 2, **form), HypernetworkConfig()
+    network, config = make_network(4, 2, **form), SharingConfig()
     generator = SCHEMES[method](network, 3, torch.Generator().manual_seed(0), config)
     found = describe_generator("actor", method, generator)
     trained = sum(p.numel() for p in generator.parameters())

@@ -3,7 +3,8 @@
 from torch import Generator as RandomGenerator
 
 from gradlab.registry import Registry
-from trainers.config import HypernetworkConfig, NetworkConfig
+from trainers.config import HypernetworkConfig, NetworkConfig, SharingConfig
+from trainers.generators.adapters import Adapters
 from trainers.generators.coupled import CoupledHyperNetwork
 from trainers.generators.generator import Generator
 from trainers.generators.hypernetwork import HyperNetwork
@@ -20,13 +21,14 @@ def _hypernetwork(
     reset_fan: bool = True,
     kind_of: type[HyperNetwork] = HyperNetwork,
 ) -> Method:
-    def resolved(config: HypernetworkConfig) -> HypernetworkConfig:
+    def resolved(sharing: SharingConfig) -> HypernetworkConfig:
+        config = sharing.hypernetwork
         kind = default if config.embedding == "default" else config.embedding
         hidden = () if linear else config.hidden
         return config.model_copy(update={"embedding": kind, "hidden": hidden})
 
     def make(
-        mlp: MLP, agents: int, random: RandomGenerator, config: HypernetworkConfig, own: bool
+        mlp: MLP, agents: int, random: RandomGenerator, config: SharingConfig, own: bool
     ) -> Generator:
         return kind_of(mlp, agents, random, resolved(config), reset_fan=reset_fan, own_log_std=own)
 
@@ -63,6 +65,12 @@ METHODS: Registry[Method] = Registry(
             count=lambda mlp, agents, _, own: NoPS.count(mlp, agents, own),
             own_log_std=True,
         ),
+        "adapters": Method(
+            factory=lambda mlp, agents, random, config, own: Adapters(
+                mlp, agents, random, config.adapter, own_log_std=own
+            ),
+            count=lambda mlp, agents, config, own: Adapters.size(mlp, agents, config.adapter, own),
+        ),
     },
 )
 
@@ -75,7 +83,7 @@ def make_generator(
     agents: int,
     random: RandomGenerator,
     network: NetworkConfig,
-    hypernetwork: HypernetworkConfig,
+    sharing: SharingConfig,
 ) -> Generator:
     """Make the generator of one network.
 
@@ -85,7 +93,7 @@ def make_generator(
         agents: Number of agents.
         random: Source of randomness.
         network: Whose size to match, and what to do with `log_std`.
-        hypernetwork: Settings of the hypernetworks.
+        sharing: Settings of the sharing schemes.
 
     Returns:
         The generator; the network that it makes parameters for, of matched widths if so asked, is
@@ -97,9 +105,9 @@ def make_generator(
     method, own = METHODS[name], _OWN_LOG_STD[network.log_std]
 
     def size_of(some: Method, sized: MLP) -> int:
-        return some.parameters(sized, agents, hypernetwork, own)
+        return some.parameters(sized, agents, sharing, own)
 
     if network.match is not None:
         target = size_of(METHODS[network.match], mlp)
         mlp = matched(mlp, lambda sized: size_of(method, sized), target)
-    return method(mlp, agents, random, hypernetwork, own)
+    return method(mlp, agents, random, sharing, own)

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from torch import Generator as RandomGenerator
 
 from gradlab.checks import check
-from trainers.config import HypernetworkConfig
+from trainers.config import SharingConfig
 from trainers.generators.generator import Generator
 from trainers.networks import MLP
 
-Factory = Callable[[MLP, int, RandomGenerator, HypernetworkConfig, bool], Generator]
+Factory = Callable[[MLP, int, RandomGenerator, SharingConfig, bool], Generator]
 """Of a network, the number of agents, randomness, settings, and whether `log_std` is per agent."""
 
-Count = Callable[[MLP, int, HypernetworkConfig, bool], int]
+Count = Callable[[MLP, int, SharingConfig, bool], int]
 """Number of trained parameters, from the same."""
 
 
@@ -36,7 +36,7 @@ class Method:
         mlp: MLP,
         agents: int,
         random: RandomGenerator,
-        config: HypernetworkConfig,
+        config: SharingConfig,
         own_log_std: bool | None = None,
     ) -> Generator:
         """Make a generator with new parameters.
@@ -45,7 +45,7 @@ class Method:
             mlp: The network whose parameters it makes.
             agents: Number of agents.
             random: Source of randomness.
-            config: Settings of the hypernetworks.
+            config: Settings of the sharing schemes.
             own_log_std: Whether each agent has its own `log_std`; None: as the method has it.
 
         Returns:
@@ -58,7 +58,7 @@ class Method:
         self,
         mlp: MLP,
         agents: int,
-        config: HypernetworkConfig,
+        config: SharingConfig,
         own_log_std: bool | None = None,
     ) -> int:
         """Count what a generator would train.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from trainers.config import HypernetworkConfig, PPOConfig
+from trainers.config import PPOConfig, SharingConfig
 from trainers.envs.vector_env import Box, Discrete
 from trainers.generators import METHODS
 from trainers.networks import MLP, make_network
@@ -22,6 +22,7 @@ DECOUPLED = (
     "fups-id",
     "fups-id-nostate",
     "nops",
+    "adapters",
 )
 SURROGATES = (
     "pg-discrete",
@@ -67,7 +68,7 @@ def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
         return torch.randn(AGENTS, samples, *shape, generator=random).to(dtype)
 
     def make(mlp):
-        generator = METHODS[method](mlp, AGENTS, random, HypernetworkConfig()).to(dtype)
+        generator = METHODS[method](mlp, AGENTS, random, SharingConfig()).to(dtype)
         with torch.no_grad():
             for parameter in generator.parameters():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=random).to(dtype)

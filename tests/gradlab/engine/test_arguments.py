@@ -10,7 +10,7 @@ from gradlab.checks import UsageError
 from gradlab.decomposition import decompose
 from gradlab.engine.accumulate import gradient_moments
 from gradlab.engine.gram import sample_gram
-from trainers.config import HypernetworkConfig
+from trainers.config import SharingConfig
 from trainers.generators import METHODS
 from trainers.networks import MLP
 
@@ -153,7 +153,7 @@ def test_sums_under_autocast_are_refused():
 def test_decompose_passes_the_checks_on(method):
     random = torch.Generator().manual_seed(0)
     mlp = MLP(sizes=(6, 4, 3), activation="tanh", head_gain=1.0)
-    generator = METHODS[method](mlp, AGENTS, random, HypernetworkConfig())
+    generator = METHODS[method](mlp, AGENTS, random, SharingConfig())
 
     def surrogate(theta, sample):
         return mlp.forward(theta, sample["x"]).square().sum()
@@ -168,7 +168,7 @@ def test_decompose_passes_the_checks_on(method):
 def test_an_agent_out_of_range_is_named(method):
     random = torch.Generator().manual_seed(0)
     mlp = MLP(sizes=(6, 4, 3), activation="tanh", head_gain=1.0)
-    generator = METHODS[method](mlp, 2, random, HypernetworkConfig())
+    generator = METHODS[method](mlp, 2, random, SharingConfig())
     batch = {"observation": torch.ones(3, SAMPLES, 6)}  # of agent 2 as well
 
     def surrogate(theta, sample):
