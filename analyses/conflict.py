@@ -176,6 +176,7 @@ _SCHEMES = {
     "fups-id-nostate": "full sharing of IDs alone",
     "nops": "separate networks",
     "adapters": "full sharing with adapters",
+    "dico": "the shared policy with scaled deviations",
     "hypermarl": "the hypernetwork",
     "hypermarl-no-rf": "the hypernetwork",
     "hypermarl-linear": "the linear hypernetwork",

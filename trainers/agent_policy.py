@@ -20,7 +20,7 @@ class AgentPolicy(nn.Module):
     """One agent's feed-forward policy with its own weights, made of torch's layers alone.
 
     Attributes:
-        layers: Linear layers and activations.
+        layers: Linear layers and activations, or a sum of such.
         continuous: Whether actions are continuous.
         observation_size: Length of an observation.
     """
@@ -41,10 +41,14 @@ class AgentPolicy(nn.Module):
         super().__init__()
         mlp, policy = trainer.actor.mlp, trainer.policy
         theta = _theta(trainer, agent)
-        parts: list[nn.Module] = []
-        for name, (outputs, inputs) in mlp.layers.items():
-            parts += [_linear(theta, name, inputs, outputs), _ACTIVATIONS[mlp.activation]()]
-        self.layers = nn.Sequential(*parts[:-1])
+        paths: list[nn.Sequential] = []
+        for path in mlp.paths:
+            parts: list[nn.Module] = []
+            for name in path:
+                outputs, inputs = mlp.layers[name]
+                parts += [_linear(theta, name, inputs, outputs), _ACTIVATIONS[mlp.activation]()]
+            paths.append(nn.Sequential(*parts[:-1]))
+        self.layers = paths[0] if len(paths) == 1 else _Sum(paths)
         self.continuous = isinstance(policy, Gaussian)
         self.observation_size = trainer.spec.observation_size
         outputs = mlp.sizes[-1]
@@ -150,6 +154,17 @@ class RecurrentAgentPolicy(AgentPolicy):
     def example(self, batch: int = 1) -> tuple[Tensor, ...]:
         """Make inputs of the right form; see `AgentPolicy.example`."""
         return (*super().example(batch), torch.zeros(batch, self.memory.hidden_size))
+
+
+class _Sum(nn.Module):
+    """Adds what several modules make of the same."""
+
+    def __init__(self, terms: list[nn.Sequential]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([term(x) for term in self.terms]).sum(0)
 
 
 def _theta(trainer: Trainer, agent: int) -> dict[str, Tensor]:

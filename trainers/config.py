@@ -10,6 +10,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 NONE = "none"
 """The name of an aggregator that stands for there being none."""
+CRITICS = {"dico": "nops"}
+"""Sharing schemes of policies alone, and what the critics have with them unless told otherwise."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -146,11 +148,23 @@ class AdapterConfig(_Section):
     )
 
 
+class DiCoConfig(_Section):
+    """The deviations of `--method dico`."""
+
+    snd: NonNegative | None = Field(
+        None,
+        description="system neural diversity that the policies are scaled to: the mean distance "
+        "between two agents' means, in half action ranges (of numbered actions between their "
+        "logits); 0: all the same; by default it is left as it comes",
+    )
+
+
 class SharingConfig(_Section):
     """Settings of the sharing schemes, each of which reads its own."""
 
     hypernetwork: HypernetworkConfig = Field(default_factory=HypernetworkConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    dico: DiCoConfig = Field(default_factory=DiCoConfig)
 
 
 class NormaliseConfig(_Section):
@@ -198,7 +212,7 @@ class TrainConfig(SharingConfig):
         None, description="sharing scheme of the actors (default: --method)"
     )
     critic_method: str | None = Field(
-        None, description="sharing scheme of the critics (default: --method)"
+        None, description="sharing scheme of the critics (default: --method; nops with dico)"
     )
     algorithm: Literal["ippo", "mappo", "a2c"] = Field(
         "ippo",
@@ -278,7 +292,7 @@ class TrainConfig(SharingConfig):
         """Sharing scheme of each network."""
         return {
             "actor": self.actor_method or self.method,
-            "critic": self.critic_method or self.method,
+            "critic": self.critic_method or CRITICS.get(self.method, self.method),
         }
 
     @property
@@ -288,12 +302,14 @@ class TrainConfig(SharingConfig):
 
     @property
     def scheme(self) -> str:
-        """The sharing scheme in a word: the actors' and the critics', if they differ.
+        """The sharing scheme in a word: the actors' and the critics', if they are not of it.
 
         With the aggregator, if there is one: runs of the same scheme are compared as one.
         """
         aggregator = [] if self.aggregate == NONE else [self.aggregate]
-        return "+".join(dict.fromkeys([*self.methods.values(), *aggregator]))
+        actor, critic = self.methods.values()
+        named = [actor] if critic == CRITICS.get(actor) else [actor, critic]
+        return "+".join(dict.fromkeys([*named, *aggregator]))
 
     @property
     def recurrent_size(self) -> int | None:

@@ -21,7 +21,13 @@ from trainers.acting import fixed_parameters
 from trainers.aggregation import Aggregation
 from trainers.aggregators import make_aggregator
 from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint
-from trainers.config import MAY_DIFFER, EvaluationConfig, TrainConfig, differing_settings
+from trainers.config import (
+    CRITICS,
+    MAY_DIFFER,
+    EvaluationConfig,
+    TrainConfig,
+    differing_settings,
+)
 from trainers.critic_input import critic_source, make_critic_input
 from trainers.diagnosis import Diagnosis
 from trainers.envs import make_env
@@ -39,6 +45,7 @@ from trainers.networks import MLP, make_network
 from trainers.policies import make_policy
 from trainers.ppo import policy_loss, value_loss
 from trainers.rollout import Rollout, make_collector
+from trainers.samples import of_network
 from trainers.update import Updater, check_minibatches
 from trainers.values import Critics
 
@@ -134,8 +141,15 @@ class Trainer:
 
     def _generator(self, network: str, mlp: MLP) -> Generator:
         config = self.config
+        method = config.methods[network]
+        if network == "critic" and method in CRITICS:
+            raise UsageError(
+                f"`critic_method` must be a sharing scheme of value functions: {method} shapes "
+                f"policies; with it critics have {CRITICS[method]!r} unless told otherwise. Got "
+                f"critic_method={method!r}."
+            )
         return make_generator(
-            config.methods[network],
+            method,
             mlp,
             self.spec.agents,
             self.random,
@@ -363,6 +377,7 @@ class Trainer:
         self._anneal()
         rollout = self._collect()
         quantities = look(rollout) | self._update(rollout.samples)
+        self.actor.adapt(of_network(rollout.samples, "actor"))
         self.updates_done += 1
         if rollout.episode_returns:
             self.last_return = fmean(rollout.episode_returns)

@@ -8,7 +8,7 @@ only its own parameters, in one batched product.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +18,9 @@ from trainers.linear import linear
 from trainers.memory import ENCODER, Memory
 
 Theta = dict[str, Tensor]
+
+DEVIATION = "deviation_"
+"""Prefix of the layers whose outputs are added to those of the layers without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,11 @@ class MLP:
         names = [f"layer{i}" for i in range(len(self.sizes) - 2)] + ["head"]
         shapes = zip(self.sizes[1:], self.sizes[:-1], strict=True)
         return dict(zip(names, shapes, strict=True))
+
+    @property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """Layers from input to output, by name; what several paths make is added."""
+        return (tuple(self.layers),)
 
     @property
     def remembering(self) -> dict[str, tuple[int, ...]]:
@@ -107,7 +115,23 @@ class MLP:
         Returns:
             Outputs.
         """
-        *hidden, head = self.layers
+        first, *others = (self.along(path, theta, x) for path in self.paths)
+        return sum(others, first)
+
+    def along(
+        self, path: tuple[str, ...], theta: Theta, x: Float[Tensor, "*batch inputs"]
+    ) -> Float[Tensor, "*batch outputs"]:
+        """Apply some layers, one after the other.
+
+        Args:
+            path: One of `paths`.
+            theta: As for `forward`.
+            x: As for `forward`.
+
+        Returns:
+            What the last one makes.
+        """
+        *hidden, head = path
         activation = ACTIVATIONS[self.activation]
         for layer in hidden:
             x = activation(linear(x, theta[f"{layer}.weight"], theta[f"{layer}.bias"]))
@@ -160,6 +184,42 @@ class MLP:
         assert state is not None
         state = self.memory.over_time(theta, observation[:, :, None], state)[:, :, 0]
         return state, state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviating(MLP):
+    """Two perceptrons of one form that read the same, and whose outputs are added.
+
+    The layers of the second have the prefix `DEVIATION`; its last layer starts with gain 1.
+    """
+
+    @classmethod
+    def of(cls, mlp: MLP) -> "Deviating":
+        """Give a network a second one of its form.
+
+        Args:
+            mlp: The network.
+
+        Returns:
+            Both.
+        """
+        return cls(**{field.name: getattr(mlp, field.name) for field in fields(mlp)})
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """See `MLP.layers`: those of the first, then those of the second."""
+        layers = super().layers
+        return layers | {DEVIATION + name: shape for name, shape in layers.items()}
+
+    @property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """See `MLP.paths`."""
+        layers = tuple(super().layers)
+        return layers, tuple(DEVIATION + name for name in layers)
+
+    def gain(self, layer: str) -> float:
+        """See `MLP.gain`."""
+        return 1.0 if layer == f"{DEVIATION}head" else super().gain(layer)
 
 
 def per_agent(parameter: Tensor, x: Tensor) -> Tensor:

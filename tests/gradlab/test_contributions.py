@@ -35,6 +35,7 @@ FORMS = {
     ),
     "fups, own log_std": ("fups", SharingConfig(), True),
     "adapters, own log_std": ("adapters", SharingConfig(adapter={"rank": 2}), True),
+    "dico, own log_std": ("dico", SharingConfig(dico={"snd": 0}), True),
     "nops, shared log_std": ("nops", SharingConfig(), False),
 }
 

@@ -10,6 +10,7 @@ from gradlab.metrics.coupling import coupling
 from gradlab.metrics.coupling_forms import CouplingForms
 from trainers.config import SharingConfig
 from trainers.generators import METHODS
+from trainers.generators.dico import DiCo
 from trainers.generators.hypernetwork import HyperNetwork
 from trainers.networks import MLP, make_network
 
@@ -36,6 +37,7 @@ FORMS = {
     "fups-id, own log_std": ("fups-id", {}),
     "nops, shared log_std": ("nops", {}),
     "adapters, own log_std": ("adapters", {}),
+    "dico, own log_std": ("dico", {}),
     "hypermarl, own log_std": ("hypermarl", {"hidden": (6,)}),
     **{f"{method}, recurrent": (method, {"hidden": (6,)}) for method in DECOUPLED},
     "shared trunk, recurrent": ("hypermarl", {"shared_trunk": True, "hidden": (6,)}),
@@ -63,6 +65,8 @@ def make(form, log_std=2, dtype=torch.float64):
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=random)
+        if isinstance(generator, DiCo):
+            generator.ratio.fill_(0.7)
     return generator.to(dtype)
 
 

@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ def case(method, space, dtype=torch.float64):
         "log_prob": log_prob.to(dtype),
         "advantage": torch.randn(AGENTS, SAMPLES, generator=random).to(dtype),
     }
+    policy = replace(policy, network=generator.mlp)
     return generator, policy_loss(policy, PPOConfig()), batch
 
 

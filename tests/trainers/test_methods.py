@@ -260,6 +260,7 @@ def test_log_std_is_each_agents_own_or_shared(method, own):
     box = Box(low=-torch.ones(2), high=torch.ones(2))
     policy = make_policy(6, box, hidden=(4,), activation="tanh")
     generator = make(method, policy.network, own_log_std=own)
+    policy = replace(policy, network=generator.mlp)
     parameter = dict(generator.named_parameters())
     (log_std,) = (p for name, p in parameter.items() if name.endswith("log_std"))
     assert log_std.shape == ((3, 2) if own else (2,))
@@ -322,9 +323,14 @@ def test_a_description_adds_up_to_the_generator(method):
         generator = make(method, mlp, config=config, own_log_std=own)
         found = describe_generator("actor", method, generator)
         assert found.psi == trained(generator)
-        assert found.theta == mlp.size + 2 == 6 * 8 + 8 + 8 * 5 + 5 + 5 * 2 + 2 + 2
+        networks = 2 if method == "dico" else 1
+        assert found.theta == networks * mlp.size + 2
+        assert mlp.size == 6 * 8 + 8 + 8 * 5 + 5 + 5 * 2 + 2
         names = [layer.name for layer in found.layers]
-        assert names[:4] == ["layer0", "layer1", "head", "log_std"]
+        layers = ["layer0", "layer1", "head"]
+        if networks == 2:
+            layers += [f"deviation_{layer}" for layer in layers]
+        assert names[: len(layers) + 1] == [*layers, "log_std"]
         generated = method in {"hypermarl", "hypermarl-no-rf", "hypermarl-coupled"}
         assert ("trunk" in names) == (shared and generated)
         if method == "nops":

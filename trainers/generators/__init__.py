@@ -6,6 +6,7 @@ from gradlab.registry import Registry
 from trainers.config import HypernetworkConfig, NetworkConfig, SharingConfig
 from trainers.generators.adapters import Adapters
 from trainers.generators.coupled import CoupledHyperNetwork
+from trainers.generators.dico import DiCo
 from trainers.generators.generator import Generator
 from trainers.generators.hypernetwork import HyperNetwork
 from trainers.generators.independent import NoPS
@@ -70,6 +71,12 @@ METHODS: Registry[Method] = Registry(
                 mlp, agents, random, config.adapter, own_log_std=own
             ),
             count=lambda mlp, agents, config, own: Adapters.size(mlp, agents, config.adapter, own),
+        ),
+        "dico": Method(
+            factory=lambda mlp, agents, random, config, own: DiCo(
+                mlp, agents, random, config.dico, own_log_std=own
+            ),
+            count=lambda mlp, agents, _, own: DiCo.count(mlp, agents, own),
         ),
     },
 )

@@ -1,6 +1,7 @@
 """What every sharing scheme is: a map from trained parameters to each agent's policy parameters."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -95,6 +96,13 @@ class Generator(nn.Module, ABC):
 
         Returns:
             A clause without a full stop.
+        """
+
+    def adapt(self, samples: Mapping[str, Tensor]) -> None:
+        """Set, between updates, what is not trained but hangs on what agents see.
+
+        Args:
+            samples: What the last update trained on, by name, as `MLP.read` takes it.
         """
 
     def policy_for(

@@ -1,6 +1,6 @@
 """Every sharing scheme with every surrogate, small, in float64."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from trainers.config import PPOConfig, SharingConfig
 from trainers.envs.vector_env import Box, Discrete
 from trainers.generators import METHODS
+from trainers.generators.dico import DiCo
 from trainers.networks import MLP, make_network
 from trainers.off_policy import CRITIC, deterministic_actor_loss, q_loss
 from trainers.policies import make_policy
@@ -23,6 +24,7 @@ DECOUPLED = (
     "fups-id-nostate",
     "nops",
     "adapters",
+    "dico",
 )
 SURROGATES = (
     "pg-discrete",
@@ -72,6 +74,8 @@ def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
         with torch.no_grad():
             for parameter in generator.parameters():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=random).to(dtype)
+            if isinstance(generator, DiCo):
+                generator.ratio.fill_(0.7)
         return generator
 
     recurrent = surrogate.endswith("recurrent")
@@ -91,21 +95,24 @@ def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
         batch["active"][..., 1] = True
     if surrogate.startswith("value"):
         batch |= {"value": 0.1 * draw(*steps), "target": draw(*steps)}
-        return Case(
-            make(value), value_loss(value, PPOConfig(clip_value=surrogate != "value")), batch
-        )
+        made, config = make(value), PPOConfig(clip_value=surrogate != "value")
+        return Case(made, value_loss(made.mlp, config), batch)
     if surrogate == "q":
-        return Case(make(q), q_loss(q), batch | {"action": draw(2), "target": draw()})
+        made = make(q)
+        return Case(made, q_loss(made.mlp), batch | {"action": draw(2), "target": draw()})
     if surrogate == "dpg":
-        fixed = make(q)(torch.arange(AGENTS))
+        critic, made = make(q), make(actor)
+        fixed = critic(torch.arange(AGENTS))
         context = {CRITIC + n: t.detach().expand(AGENTS, *t.shape[1:]) for n, t in fixed.items()}
         box = Box(low=box.low.to(dtype), high=box.high.to(dtype))
-        loss = deterministic_actor_loss(actor, q, box)
-        return Case(make(actor), loss, batch, context, (actor, q))
+        loss = deterministic_actor_loss(made.mlp, critic.mlp, box)
+        return Case(made, loss, batch, context, (made.mlp, critic.mlp))
     batch["action"] = (
         draw(*steps, 2) if space is box else torch.randint(4, (AGENTS, samples), generator=random)
     )
     batch |= {"advantage": draw(*steps), "log_prob": 0.3 * draw(*steps) - 1.5}
+    made = make(policy.network)
+    policy = replace(policy, network=made.mlp)
     if surrogate.startswith("pg"):
-        return Case(make(policy.network), policy_gradient_loss(policy, 0.01), batch)
-    return Case(make(policy.network), policy_loss(policy, PPOConfig()), batch)
+        return Case(made, policy_gradient_loss(policy, 0.01), batch)
+    return Case(made, policy_loss(policy, PPOConfig()), batch)
