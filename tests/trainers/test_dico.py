@@ -48,12 +48,13 @@ def test_a_policy_is_the_shared_one_plus_the_scaled_deviation():
         nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)) for _ in ("shared", 0, 1, 2)
     ]
     with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter += 0.1  # biases start at 0
         for number, network in enumerate(plain):
             prefix, own = ("", ...) if number == 0 else ("deviation_", number - 1)
             for place, layer in ((0, "layer0"), (2, "head")):
                 for kind in ("weight", "bias"):
                     psi = generator.theta[f"{prefix}{layer}/{kind}"]
-                    psi += 0.1
                     getattr(network[place], kind).copy_(psi[own])
     x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(1))
     shared, *deviations = plain
@@ -90,11 +91,11 @@ def test_a_training_has_the_diversity_that_it_is_set_to():
     trainer = Trainer(TrainConfig.model_validate(NAVIGATION | {"dico": {"snd": 0.8}}))
     before = trainer.actor.theta["deviation_head/weight"].detach().clone()
     ratios = []
-    for _ in range(4):
+    for _ in range(3):
         rollout, _ = trainer._next_update()
         assert snd_of(trainer, rollout.samples["observation"]) == pytest.approx(0.8, rel=1e-4)
         ratios.append(trainer.actor.ratio.item())
-    assert len(set(ratios)) == 4
+    assert len(set(ratios)) == 3
     assert torch.dist(before, trainer.actor.theta["deviation_head/weight"]) > 1e-3
     fresh = trainer._collect().samples["observation"]  # of observations that it was not set on
     assert snd_of(trainer, fresh) == pytest.approx(0.8, rel=0.15)
@@ -111,12 +112,12 @@ def test_a_diversity_of_0_makes_all_agents_alike_and_none_leaves_it():
 
 def test_a_run_is_diagnosed_with_the_diversity_resumed_to_the_bit_and_loaded(tmp_path):
     config = TrainConfig.model_validate(
-        NAVIGATION | {"dico": {"snd": 0.5}, "every": 1, "effects_every": 1}
+        NAVIGATION | {"dico": {"snd": 0.5}, "every": 1, "effects_every": 2, "frames": 16 * 16 * 3}
     )
     assert train_run(config, tmp_path / "whole")
     done = []
     again = {"progress": lambda frames, _: done.append(frames)}
-    train_run(config, tmp_path / "r", **again, stop=lambda: len(done) == 3)
+    train_run(config, tmp_path / "r", **again, stop=lambda: len(done) == 2)
     assert train_run(config, tmp_path / "r", resume=True, **again)
     run, whole = open_run(tmp_path / "r"), open_run(tmp_path / "whole")
     assert (run.method, run.method_of("actor"), run.method_of("critic")) == ("dico", "dico", "nops")

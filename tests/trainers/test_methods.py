@@ -373,7 +373,6 @@ def test_table_of_the_docs_is_that_of_the_methods():
     [
         pytest.param({"method": "fups-id-nostate"}, id="nostate", marks=pytest.mark.slow),
         pytest.param({"method": "hypermarl-no-rf"}, id="no-rf", marks=pytest.mark.slow),
-        pytest.param({"method": "adapters"}, id="adapters"),
         pytest.param(
             {"hypernetwork": {"shared_trunk": True, "embedding": "orthogonal"}},
             id="shared trunk",

@@ -40,7 +40,15 @@ SETTINGS = {
     "effects_every": 2,
     "evaluation": {"every": 2, "episodes": 5},
 }
-METHODS = ("hypermarl", "fups-id", "fups-id-nostate", "nops", "hypermarl-coupled")
+METHODS = (
+    "hypermarl",
+    "fups-id",
+    "fups-id-nostate",
+    "nops",
+    "hypermarl-coupled",
+    "adapters",
+    "dico",
+)
 
 
 def trainer_of(**settings):
