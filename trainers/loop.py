@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -14,22 +13,11 @@ import torch
 from torch import Tensor
 
 from gradlab.checks import TrainingFailed, UsageError
-from gradlab.probe import Network
 from gradlab.quantity import Quantity
 from gradlab.run_writer import RunWriter
 from trainers.acting import fixed_parameters
-from trainers.aggregation import Aggregation
-from trainers.aggregators import make_aggregator
 from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint
-from trainers.config import (
-    CRITICS,
-    MAY_DIFFER,
-    EvaluationConfig,
-    TrainConfig,
-    differing_settings,
-)
-from trainers.critic_input import critic_source, make_critic_input
-from trainers.diagnosis import Diagnosis
+from trainers.config import MAY_DIFFER, EvaluationConfig, TrainConfig, differing_settings
 from trainers.envs import make_env
 from trainers.envs.vector_env import (
     EnvironmentFailed,
@@ -39,29 +27,28 @@ from trainers.envs.vector_env import (
 )
 from trainers.episodes import Episodes, Watch, play_episodes
 from trainers.finite import NotFinite
-from trainers.generators import make_generator
-from trainers.generators.generator import Generator
-from trainers.networks import MLP, make_network
-from trainers.policies import make_policy
-from trainers.ppo import policy_loss, value_loss
-from trainers.rollout import Rollout, make_collector
+from trainers.learner import Learner
+from trainers.on_policy import PPO
+from trainers.rollout import Rollout
 from trainers.samples import of_network
-from trainers.update import Updater, check_minibatches
-from trainers.values import Critics
 
 Progress = Callable[[int, float], None]
 """Called before the first update and after each, with frames done and the last mean return."""
 
 
 class Trainer:
-    """One training run of PPO or A2C, for every sharing scheme.
+    """One training run: of any algorithm, for every sharing scheme.
 
     Attributes:
         config: Its settings.
+        random: Source of the networks' first parameters and of all that is drawn.
         spec: What the environment looks like.
+        learner: The algorithm. What follows is part of it.
+        collector: Steps the environment.
+        policy: The policies' form.
         actor: Generator of the policies.
         critic: Generator of the value functions.
-        aggregations: By network what makes one gradient of the agents'; empty: their sum.
+        diagnosis: What is measured of them.
         updates_done: Number of updates done so far.
         last_return: Mean return of the episodes that ended last, NaN before any did.
     """
@@ -74,59 +61,15 @@ class Trainer:
         self.spec: EnvSpec = env.spec
         if not config.pad:
             check_equal_spaces(self.spec)
-        recurrent = config.recurrent_size is not None
-        samples = config.copies * (1 if recurrent else config.steps)
-        check_minibatches(
-            config.on_policy.minibatches, samples, env.spec.agents, recurrent=recurrent
-        )
-        critic_input = make_critic_input(config, env.spec)
-        self.collector = make_collector(config, env)
-        seen = critic_input(self.collector.seen[critic_source(self.collector.seen)])
-        form: dict[str, Any] = {
-            "hidden": config.network.hidden,
-            "activation": config.network.activation,
-            "memory_size": config.recurrent_size,
-        }
-        policy = make_policy(
-            env.spec.observation_size,
-            env.spec.action_space,
-            action_mask=env.spec.action_mask,
-            **form,
-        )
-        value = make_network(seen.shape[-1], 1, head_gain=1.0, **form)
-        self.actor = self._generator("actor", policy.network)
-        self.critic = self._generator("critic", value)
-        self.policy = replace(policy, network=self.actor.mlp)
-        self.value = self.critic.mlp
-        self.optimiser = torch.optim.Adam(
-            [*self.actor.parameters(), *self.critic.parameters()],
-            lr=config.on_policy.learning_rate,
-            eps=config.on_policy.adam_epsilon,
-            fused=True,
-        )
+        self.learner: Learner = PPO(config, env, self.random)
+        self.collector, self.policy = self.learner.collector, self.learner.policy
+        self.actor, self.critic = (self.learner.networks[name] for name in ("actor", "critic"))
+        self.diagnosis = self.learner.diagnosis
         self.updates_done = 0
         self.last_return = math.nan
         self._saver = Saver()
         self._told: set[str] = set()
         self._engines_written = False
-        self.policy_loss = policy_loss(self.policy, config.on_policy)
-        self.value_loss = value_loss(self.value, config.on_policy)
-        networks = {
-            "actor": Network(generator=self.actor, surrogate=self.policy_loss),
-            "critic": Network(generator=self.critic, surrogate=self.value_loss),
-        }
-        self.diagnosis = Diagnosis(config, networks, self.policy, critic_input, self.optimiser)
-        self.aggregations = self._aggregate()
-        self._updater = Updater(
-            config.on_policy,
-            (self.actor, self.critic),
-            (self.policy_loss, self.value_loss),
-            critic_input,
-            self.optimiser,
-            self.aggregations,
-        )
-        self._critic_input = critic_input
-        self._entropy_coefficient = self.policy_loss.entropy_coefficient
 
     def _make_env(self, copies: int, seed: int, *, info: bool = False) -> VectorEnv:
         config = self.config
@@ -138,34 +81,6 @@ class Trainer:
             args=config.env_args,
             info=info,
         )
-
-    def _generator(self, network: str, mlp: MLP) -> Generator:
-        config = self.config
-        method = config.methods[network]
-        if network == "critic" and method in CRITICS:
-            raise UsageError(
-                f"`critic_method` must be a sharing scheme of value functions: {method} shapes "
-                f"policies; with it critics have {CRITICS[method]!r} unless told otherwise. Got "
-                f"critic_method={method!r}."
-            )
-        return make_generator(
-            method,
-            mlp,
-            self.spec.agents,
-            self.random,
-            config.network,
-            config,
-        )
-
-    def _aggregate(self) -> dict[str, Aggregation]:
-        config, found = self.config, {}
-        for network, generator in (("actor", self.actor), ("critic", self.critic)):
-            size = sum(p.numel() for p in generator.parameters() if p.requires_grad)
-            shape = (self.spec.agents, size)
-            made = make_aggregator(config.aggregate, config.aggregate_args, shape)
-            if made is not None:
-                found[network] = Aggregation(made)
-        return found
 
     @property
     def frames_done(self) -> int:
@@ -201,7 +116,7 @@ class Trainer:
             for update in range(self.updates_done, self.config.updates):
                 began = time.perf_counter()
                 rollout, quantities = self._next_update(look)
-                self._tell(update, self._updater.findings, tell)
+                self._tell(update, self.learner.findings, tell)
                 seconds = time.perf_counter() - began
                 if self._evaluation_is_due():
                     quantities |= self.evaluate().quantities()
@@ -269,25 +184,9 @@ class Trainer:
         env_tensors, env_values = self.collector.env.state()
         tensors = {
             "random": self.random.get_state(),
-            **{f"collector.{name}": seen for name, seen in self.collector.seen.items()},
-            "collector.active": self.collector.active,
-            "collector.running_return": self.collector.running_return,
-            "collector.running_length": self.collector.running_length,
+            **self.learner.state(),
             **{f"env{path}": tensor for path, tensor in env_tensors.items()},
         }
-        for network, held in self.collector.memory.items():
-            tensors[f"memory.{network}"] = held
-        for kind, normaliser in self.collector.normalisers.items():
-            for name, tensor in normaliser.state().items():
-                tensors[f"normaliser.{kind}.{name}"] = tensor
-        for network in ("actor", "critic"):
-            for name, tensor in getattr(self, network).state_dict().items():
-                tensors[f"{network}.{name}"] = tensor
-        for network, aggregation in self.aggregations.items():
-            for name, tensor in aggregation.aggregator.state().items():
-                tensors[f"aggregator.{network}.{name}"] = tensor
-        for number, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{name}": value for name, value in moments.items()}
         return Checkpoint(
             update=self.updates_done - 1,
             tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
@@ -311,20 +210,8 @@ class Trainer:
         last = checkpoint.values["last_return"]
         self.last_return = math.nan if last is None else last
         self.random.set_state(checkpoint.tensors["random"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        parameters = self.optimiser.param_groups[0]["params"]
-        for name, tensor in checkpoint.under("adam.").items():
-            number, _, kind = name.partition(".")
-            if tensor.dim():  # fused Adam takes all to lie in memory as the parameter does
-                tensor = torch.empty_like(parameters[int(number)]).copy_(tensor)
-            moments.setdefault(int(number), {})[kind] = tensor
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
-        for network, aggregation in self.aggregations.items():
-            aggregation.aggregator.load_state(checkpoint.under(f"aggregator.{network}."))
+        self.learner.load_state(checkpoint)
         self.collector.env.load_state(checkpoint.under("env"), checkpoint.values["env"])
-        self.collector.memory |= checkpoint.under("memory.")
-        for name, tensor in checkpoint.under("collector.").items():
-            setattr(self.collector, name, tensor)
 
     def load_networks(self, checkpoint: Checkpoint) -> None:
         """Take over what agents act with, and the number of updates done; not to train on.
@@ -343,38 +230,23 @@ class Trainer:
                 "Go on with it with the settings that it was made with."
             )
         self.updates_done = checkpoint.update + 1
-        self.actor.load_state_dict(checkpoint.under("actor."))
-        self.critic.load_state_dict(checkpoint.under("critic."))
-        for kind, normaliser in self.collector.normalisers.items():
-            normaliser.load_state(checkpoint.under(f"normaliser.{kind}."))
+        self.learner.load_networks(checkpoint)
 
     def _evaluation_is_due(self) -> bool:
         every, done = self.config.evaluation.every, self.updates_done
         return every > 0 and (done % every == 0 or done >= self.config.updates)
 
     def _collect(self) -> Rollout:
-        with torch.no_grad():
-            return self.collector.collect(
-                self.config.steps,
-                self.policy,
-                fixed_parameters(self.actor),
-                Critics(
-                    network=self.value,
-                    theta=fixed_parameters(self.critic),
-                    reads=self._critic_input,
-                ),
-                self.config.on_policy,
-                self.random,
-            )
+        return self.learner.collect(self.random)
 
-    def _update(self, samples: dict[str, Tensor]) -> dict[str, Quantity]:
-        return self._updater(samples, self.random)
+    def _update(self, samples: Mapping[str, Tensor]) -> dict[str, Quantity]:
+        return self.learner.update(samples, self.random)
 
     def _next_update(
         self, look: Callable[[Rollout], dict[str, Quantity]] = lambda _: {}
     ) -> tuple[Rollout, dict[str, Quantity]]:
         """Collect, look at what was collected, and train on it."""
-        self._anneal()
+        self.learner.begin(1 - self.updates_done / self.config.updates)
         rollout = self._collect()
         quantities = look(rollout) | self._update(rollout.samples)
         self.actor.adapt(of_network(rollout.samples, "actor"))
@@ -382,15 +254,6 @@ class Trainer:
         if rollout.episode_returns:
             self.last_return = fmean(rollout.episode_returns)
         return rollout, quantities
-
-    def _anneal(self) -> None:
-        """Let fall what falls over the run: linearly, from all of it to 1 / updates of it."""
-        settings, left = self.config.on_policy, 1 - self.updates_done / self.config.updates
-        if settings.anneal_learning_rate:
-            for group in self.optimiser.param_groups:
-                group["lr"] = settings.learning_rate * left
-        if settings.anneal_entropy:
-            self.policy_loss.entropy_coefficient = self._entropy_coefficient * left
 
     def _diagnose(
         self, writer: RunWriter, tell: Callable[[str], None], rollout: Rollout

@@ -12,7 +12,7 @@ from gradlab.checks import check
 from trainers.acting import act
 from trainers.config import OnPolicyConfig, TrainConfig
 from trainers.critic_input import critic_source
-from trainers.envs.vector_env import VectorEnv, kept
+from trainers.envs.vector_env import Step, VectorEnv, kept
 from trainers.finite import check_finite
 from trainers.gae import advantages
 from trainers.memory import forgotten
@@ -43,6 +43,51 @@ class Rollout:
     episode_lengths: list[int]
     reward_per_step: float
     outcomes: Mapping[str, list[bool]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """Some steps of every copy.
+
+    Attributes:
+        columns: Tensors [agent, time, copy, ...] by name: what was seen (`observation`, and
+            `world_state` [1, time, copy, state] if critics read it), `action`, `log_prob`,
+            `action_mask` if not everything could be done, `reward`, `paid`, what is learned from of
+            it; `active`, who acted, `left`, for whom nothing follows, and `starts`, where an
+            episode began.
+        final: By step what the networks would have read after it, before any reset, by name; of the
+            steps that cut an episode off.
+        truncated: Where an episode was cut off [time, copy].
+        ended: Where an episode ended [time, copy].
+        episode_returns: As of a `Rollout`.
+        episode_lengths: As of a `Rollout`.
+        outcomes: As of a `Rollout`.
+    """
+
+    columns: dict[str, Tensor]
+    final: dict[int, dict[str, Tensor]]
+    truncated: Tensor
+    ended: Tensor
+    episode_returns: list[float]
+    episode_lengths: list[int]
+    outcomes: Mapping[str, list[bool]]
+
+    def rollout(self, samples: dict[str, Tensor]) -> Rollout:
+        """Hand out what is made of it.
+
+        Args:
+            samples: As of a `Rollout`.
+
+        Returns:
+            The rollout.
+        """
+        return Rollout(
+            samples=samples,
+            episode_returns=self.episode_returns,
+            episode_lengths=self.episode_lengths,
+            reward_per_step=self.columns["reward"].mean().item(),
+            outcomes=self.outcomes,
+        )
 
 
 class Collector:
@@ -114,39 +159,33 @@ class Collector:
         return found if self.world_state is None else found | {"world_state": self.world_state}
 
     @torch.no_grad()
-    def collect(
+    def play(
         self,
         steps: int,
         policy: Policy,
         theta: Callable[[Tensor], Theta],
-        critics: Critics,
-        config: OnPolicyConfig,
         random: RandomGenerator,
-    ) -> Rollout:
-        """Step all copies and estimate advantages.
+    ) -> Played:
+        """Step all copies.
 
         Args:
             steps: Number of steps of every copy.
             policy: Draws actions.
             theta: Policy parameters of all agents, given what they see.
-            critics: The value functions.
-            config: Discount and lambda.
             random: Source of the actions' randomness.
 
         Returns:
-            The rollout.
+            What they brought.
 
         Raises:
-            NotFinite: If an observation, a value, an action or a reward is not finite.
+            NotFinite: If an observation, an action or a reward is not finite.
         """
         columns: dict[str, list[Tensor]] = {}
         truncated, over, final = [], [], {}
-        began_with = {f"{network}_memory": held for network, held in self.memory.items()}
         starts = torch.zeros_like(self.active)  # a memory is already empty at the first step
         returns: list[float] = []
         lengths: list[int] = []
         outcomes: dict[str, list[bool]] = {name: [] for name in self.env.spec.outcomes}
-        source = critic_source(self.seen)
 
         for time in range(steps):
             mask = self.env.action_mask()
@@ -161,11 +200,7 @@ class Collector:
             if of_actor is not None:
                 self.memory["actor"] = forgotten(of_actor, ended)
             if step.truncated.any():
-                final[time] = (
-                    self.scaled(step.final_observation, step.active)
-                    if self.world_state is None
-                    else self._scaled_world_state(step.final_world_state)
-                )
+                final[time] = self._final(step)
             row = {
                 **self.seen,
                 "action": action,
@@ -196,11 +231,51 @@ class Collector:
                 self.world_state = self._read_world_state()
             starts = ended.expand_as(self.active)
         stacked = {name: torch.stack(rows, dim=1) for name, rows in columns.items()}
-        reward = stacked.pop("reward")
-        check_finite("reward", reward, ("agent", "step", "copy"))
-        seen = torch.stack([*columns[source], self.seen[source]], dim=1)
+        check_finite("reward", stacked["reward"], ("agent", "step", "copy"))
+        return Played(
+            columns=stacked,
+            final=final,
+            truncated=torch.stack(truncated),
+            ended=torch.stack(over),
+            episode_returns=returns,
+            episode_lengths=lengths,
+            outcomes=outcomes,
+        )
+
+    @torch.no_grad()
+    def collect(
+        self,
+        steps: int,
+        policy: Policy,
+        theta: Callable[[Tensor], Theta],
+        critics: Critics,
+        config: OnPolicyConfig,
+        random: RandomGenerator,
+    ) -> Rollout:
+        """Step all copies and estimate advantages.
+
+        Args:
+            steps: Number of steps of every copy.
+            policy: Draws actions.
+            theta: Policy parameters of all agents, given what they see.
+            critics: The value functions.
+            config: Discount and lambda.
+            random: Source of the actions' randomness.
+
+        Returns:
+            The rollout.
+
+        Raises:
+            NotFinite: If an observation, a value, an action or a reward is not finite.
+        """
+        began_with = {f"{network}_memory": held for network, held in self.memory.items()}
+        played = self.play(steps, policy, theta, random)
+        stacked, source = dict(played.columns), critic_source(self.seen)
+        del stacked["reward"]
+        seen = torch.cat([stacked[source], self.seen[source][:, None]], dim=1)
+        final = {time: last[source] for time, last in played.final.items()}
         value, following, memory = critics.values(
-            seen, final, torch.stack(over), self.memory.get("critic")
+            seen, final, played.ended, self.memory.get("critic")
         )
         check_finite("value", value, ("agent", "step", "copy"))
         check_finite("value", following, ("agent", "step", "copy"))
@@ -212,7 +287,7 @@ class Collector:
             value,
             following,
             stacked.pop("left"),
-            torch.stack(truncated),
+            played.truncated,
             discount=config.discount,
             gae_lambda=config.gae_lambda,
         )
@@ -225,13 +300,14 @@ class Collector:
         else:
             del stacked["starts"]
             samples = {name: tensor.flatten(1, 2) for name, tensor in stacked.items()}
-        return Rollout(
-            samples=samples,
-            episode_returns=returns,
-            episode_lengths=lengths,
-            reward_per_step=reward.mean().item(),
-            outcomes=outcomes,
-        )
+        return played.rollout(samples)
+
+    def _final(self, step: Step) -> dict[str, Tensor]:
+        """What the networks would have read after a step, before any reset."""
+        found = {"observation": self.scaled(step.final_observation, step.active)}
+        if self.world_state is not None:
+            found["world_state"] = self._scaled_world_state(step.final_world_state)
+        return found
 
     def _read(self, observation: Tensor, active: Tensor) -> Tensor:
         """What the networks read of an observation that is acted on."""

@@ -117,7 +117,8 @@ def compiled(rows=4096):
 
     def losses(actor, critic, samples):
         return (
-            trainer.policy_loss(actor, samples).mean() + trainer.value_loss(critic, samples).mean()
+            trainer.learner.policy_loss(actor, samples).mean()
+            + trainer.learner.value_loss(critic, samples).mean()
         )
 
     def step(function):

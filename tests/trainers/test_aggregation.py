@@ -103,11 +103,11 @@ def plain_rows(trainer, samples):
     known = advantage[there.bool().expand_as(advantage)]
     deviation = ((known - known.mean()).square().sum() / (len(known) - 1)).sqrt()
     batch["advantage"] = (advantage - known.mean()) / (deviation + 1e-8) * there
-    read = trainer._critic_input(batch[critic_source(batch)])
+    read = trainer.learner._critic_input(batch[critic_source(batch)])
     found = {}
     for network, generator, loss, seen in (
-        ("actor", trainer.actor, trainer.policy_loss, batch["observation"]),
-        ("critic", trainer.critic, trainer.value_loss, read),
+        ("actor", trainer.actor, trainer.learner.policy_loss, batch["observation"]),
+        ("critic", trainer.critic, trainer.learner.value_loss, read),
     ):
         rows = []
         for agent in range(trainer.spec.agents):
@@ -132,7 +132,7 @@ def plain_rows(trainer, samples):
 def one_step(trainer, samples):
     """Gradients by network after one step on all samples; the clip leaves them alone."""
     places = torch.arange(samples["advantage"].shape[1])
-    trainer._updater._step(samples, places, Weights.of(exist(samples)), trainer.random)
+    trainer.learner.updater._step(samples, places, Weights.of(exist(samples)), trainer.random)
     return {
         network: torch.cat([p.grad.flatten() for p in getattr(trainer, network).parameters()])
         for network in ("actor", "critic")
@@ -162,7 +162,7 @@ def test_rows_are_those_of_a_loop_over_agents(monkeypatch, trainer_of, source, r
     monkeypatch.setattr("trainers.update.ROWS", rows)
     trainer, samples = trainer_of(SOURCES[source], aggregate="mean")
     expected, seen = plain_rows(trainer, samples), {}
-    for network, made in trainer.aggregations.items():
+    for network, made in trainer.learner.aggregations.items():
         made.aggregator._rows.register_forward_pre_hook(
             lambda _, given, network=network: seen.update({network: given[0]})
         )
@@ -177,7 +177,10 @@ def test_rows_are_those_of_a_loop_over_agents(monkeypatch, trainer_of, source, r
 def test_mean_of_the_rows_is_the_plain_gradient(trainer_of, source):
     trainer, samples = trainer_of(SOURCES[source])
     other, _ = trainer_of(SOURCES[source], aggregate="mean")
-    assert type(trainer._updater._parameters("actor", trainer.actor, trainer.random)) is Parameters
+    assert (
+        type(trainer.learner.updater._parameters("actor", trainer.actor, trainer.random))
+        is Parameters
+    )
     plain, mean = one_step(trainer, samples), one_step(other, samples)
     for network in ("actor", "critic"):
         torch.testing.assert_close(mean[network], plain[network], **CLOSE)
@@ -215,7 +218,7 @@ def test_gradient_is_what_torchjd_makes_of_the_rows(trainer_of, name, method):
     before = torch.get_rng_state()
     found = one_step(trainer, samples)
     assert torch.equal(torch.get_rng_state(), before)  # others' randomness stays theirs
-    assert trainer._updater._accounts()["aggregations_failed"].values.tolist() == [0, 0]
+    assert trainer.learner.updater._accounts()["aggregations_failed"].values.tolist() == [0, 0]
     torch.set_rng_state(drawn)
     changed = []
     for network in ("actor", "critic"):
@@ -271,7 +274,7 @@ def test_projections_do_nothing_to_agents_that_share_nothing(trainer_of, name):
     trainer, samples = trainer_of({"method": "nops"}, aggregate=name)
     plain, _ = trainer_of({"method": "nops"})
     found, expected = one_step(trainer, samples), one_step(plain, samples)
-    accounts = trainer._updater._accounts()
+    accounts = trainer.learner.updater._accounts()
     for network in ("actor", "critic"):
         torch.testing.assert_close(found[network], expected[network], **CLOSE)
     assert accounts["aggregated_cosine"].values == pytest.approx([1, 1])

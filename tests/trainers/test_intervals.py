@@ -42,7 +42,7 @@ def decompositions(method, env, copies):
                 trainer.policy,
                 fixed_parameters(trainer.actor),
                 Critics(
-                    network=trainer.value,
+                    network=trainer.critic.mlp,
                     theta=fixed_parameters(trainer.critic),
                     reads=own_observation,
                 ),
@@ -55,7 +55,7 @@ def decompositions(method, env, copies):
         samples["advantage"] = normalise(samples["advantage"])
         yield decompose(
             trainer.actor,
-            trainer.policy_loss,
+            trainer.learner.policy_loss,
             {name: samples[name] for name in READ},
             copy=torch.arange(copies).repeat(config.steps),
             check=0,

@@ -90,7 +90,7 @@ def test_advantages_end_where_their_agent_leaves(use, algorithm, reward):
         read = observation[:, copy]
         read = read.flatten() if algorithm == "mappo" else read[agent]
         theta = {n: t[agent if len(t) > 1 else 0] for n, t in trainer.critic.all_agents().items()}
-        return trainer.value.forward(theta, read).item()
+        return trainer.critic.mlp.forward(theta, read).item()
 
     seen = samples["observation"].unflatten(1, (STEPS, COPIES))
     for agent, copy in np.ndindex(AGENTS, COPIES):
@@ -235,12 +235,12 @@ def test_parts_add_up_to_the_gradient_that_is_trained_on(use, method):
     active = samples["active"]
     batch = samples | {"advantage": normalise(samples["advantage"], active)}
     del batch["active"]
-    each = oracle_gradients(trainer.actor, trainer.policy_loss, batch)
+    each = oracle_gradients(trainer.actor, trainer.learner.policy_loss, batch)
     means = torch.stack([each[i, active[i]].mean(0) for i in range(AGENTS)])
-    d = decompose(trainer.actor, trainer.policy_loss, batch, mask=active)
+    d = decompose(trainer.actor, trainer.learner.policy_loss, batch, mask=active)
     torch.testing.assert_close(d.g, means, **CLOSE)
     assert d.residual < 1e-10
-    losses = trainer.policy_loss(trainer.actor.all_agents(), batch)
+    losses = trainer.learner.policy_loss(trainer.actor.all_agents(), batch)
     Weights.of(active)(losses).mean().backward()
     trained = torch.cat([p.grad.flatten() for p in trainer.actor.parameters()])
     torch.testing.assert_close(AGENTS * trained, d.total, **CLOSE)
@@ -253,11 +253,11 @@ def test_estimates_from_unequal_clusters_are_those_of_loops(use, method):
     active = samples["active"]
     batch = {n: t for n, t in samples.items() if n != "active"}
     copy = torch.arange(COPIES).repeat(STEPS)
-    d = decompose(trainer.actor, trainer.policy_loss, batch, mask=active, copy=copy)
+    d = decompose(trainer.actor, trainer.learner.policy_loss, batch, mask=active, copy=copy)
     counts = torch.stack([active[:, copy == e].sum(1) for e in range(COPIES)], 1)
     assert torch.equal(d.moments.copy_count, counts)
     assert len(counts.unique()) > 4
-    each = oracle_gradients(trainer.actor, trainer.policy_loss, batch)
+    each = oracle_gradients(trainer.actor, trainer.learner.policy_loss, batch)
     each = torch.where(active[..., None], each, 0.0)
     found = interference(d).inner_product_debiased.sel(space="psi", layer="all")
     for i, k in np.ndindex(AGENTS, AGENTS):
@@ -293,14 +293,16 @@ def test_moments_of_garbage_are_nan_for_nobody_else(use):
     use(garbage=torch.inf)
     trainer, samples = rollout_of("fups-id")
     active = samples.pop("active")
-    clean = decompose(trainer.actor, trainer.policy_loss, samples, mask=active, coordinates=True)
+    clean = decompose(
+        trainer.actor, trainer.learner.policy_loss, samples, mask=active, coordinates=True
+    )
     spoilt = {
         n: torch.where(active.view(*active.shape, *[1] * (t.dim() - 2)), t, torch.nan)
         if t.is_floating_point()
         else t
         for n, t in samples.items()
     }
-    d = decompose(trainer.actor, trainer.policy_loss, spoilt, mask=active, coordinates=True)
+    d = decompose(trainer.actor, trainer.learner.policy_loss, spoilt, mask=active, coordinates=True)
     assert torch.equal(d.g, clean.g)
     assert d.residual < 1e-10
     for one, other in ((variance(d), variance(clean)), (interference(d), interference(clean))):

@@ -47,7 +47,7 @@ def test_critics_value_what_all_agents_see(method):
             arguments = (one,) if trainer.critic.reads_observation else ()
             theta = trainer.critic(torch.tensor([agent]), *arguments)
             theta = {name: tensor[0] for name, tensor in theta.items()}
-            value = trainer.value.forward(theta, one[0])[0]
+            value = trainer.critic.mlp.forward(theta, one[0])[0]
             # float32: batched products round otherwise
             torch.testing.assert_close(
                 samples["value"][agent, sample], value.detach(), rtol=1e-5, atol=1e-5

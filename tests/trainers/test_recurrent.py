@@ -140,14 +140,16 @@ def test_segments_repeat_what_was_collected(method, algorithm):
         assert samples["observation"].shape == (AGENTS, COPIES, STEPS, 4)
         actor = of_network(samples, "actor")
         theta = trainer.actor.policy_for(samples["observation"])
-        _, log_ratio = trainer.policy_loss.with_log_ratio(
+        _, log_ratio = trainer.learner.policy_loss.with_log_ratio(
             theta, actor | {"advantage": samples["advantage"]}
         )
         torch.testing.assert_close(log_ratio, torch.zeros_like(log_ratio), rtol=0, atol=1e-5)
         critic = of_network(samples, "critic")
-        critic["observation"] = trainer._updater._critic_input(samples["observation"])
+        critic["observation"] = trainer.learner.updater._critic_input(samples["observation"])
         theta = trainer.critic.policy_for(critic["observation"])
-        value = trainer.value.forward(theta, trainer.value.read(theta, critic)).squeeze(-1)
+        value = trainer.critic.mlp.forward(theta, trainer.critic.mlp.read(theta, critic)).squeeze(
+            -1
+        )
         torch.testing.assert_close(value, samples["value"], rtol=1e-4, atol=1e-5)
     assert samples["actor_memory"].abs().sum() > 0
     assert 0 < samples["starts"].float().mean() < 0.5
@@ -166,8 +168,8 @@ def test_a_cut_off_episode_is_valued_by_what_its_memory_holds():
     assert steps[-1].truncated.all()
     theta = trainer.critic.all_agents()
     whole = torch.cat([samples["observation"], steps[-1].final_observation[:, :, None]], 2)
-    held = trainer.value.memory.over_time(theta, whole, samples["critic_memory"])
-    following = trainer.value.forward(theta, held[:, :, -1]).squeeze(-1)
+    held = trainer.critic.mlp.memory.over_time(theta, whole, samples["critic_memory"])
+    following = trainer.critic.mlp.forward(theta, held[:, :, -1]).squeeze(-1)
     expected = steps[-1].reward + 0.99 * following
     torch.testing.assert_close(samples["target"][..., -1], expected, rtol=1e-4, atol=1e-5)
 
@@ -415,9 +417,9 @@ def test_parts_add_up_to_the_gradient_that_is_trained_on(method):
     batch["advantage"] = normalise(batch["advantage"], batch["active"])
     read = ("observation", "action", "log_prob", "advantage", "memory", "starts", "active")
     batch = {name: batch[name] for name in read}
-    d = decompose(trainer.actor, trainer.policy_loss, batch, mask=mask)
+    d = decompose(trainer.actor, trainer.learner.policy_loss, batch, mask=mask)
     assert d.residual < 1e-10
-    losses = trainer.policy_loss(trainer.actor.policy_for(batch["observation"]), batch)
+    losses = trainer.learner.policy_loss(trainer.actor.policy_for(batch["observation"]), batch)
     Weights.of(mask)(losses).mean().backward()
     trained = torch.cat([p.grad.flatten() for p in trainer.actor.parameters()])
     torch.testing.assert_close(AGENTS * trained, d.total, **CLOSE)
@@ -429,7 +431,7 @@ def test_parts_add_up_to_the_gradient_that_is_trained_on(method):
         return {name: tensor[0] for name, tensor in theta.items()}
 
     psi = {name: p.detach() for name, p in trainer.actor.named_parameters()}
-    each = per_sample_gradients(forward, trainer.policy_loss, psi, batch, AGENTS, COPIES)
+    each = per_sample_gradients(forward, trainer.learner.policy_loss, psi, batch, AGENTS, COPIES)
     means = torch.stack([each[i, mask[i]].mean(0) for i in range(AGENTS)])
     torch.testing.assert_close(d.g, means, **CLOSE)
 

@@ -292,7 +292,7 @@ def test_training_reads_the_world_s_state_and_resumes_to_the_bit(tmp_path):
     assert run.quantity("outcome_rate")["outcome"].values.tolist() == ["win"]
     assert run.quantity("evaluation_outcome_rate").shape == (2, 1)
     trainer = Trainer(config)
-    assert trainer.value.observation_size == trainer.spec.world_state_size
+    assert trainer.critic.mlp.observation_size == trainer.spec.world_state_size
 
 
 def test_dead_units_have_samples_if_that_is_asked_for():

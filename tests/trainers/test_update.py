@@ -305,8 +305,8 @@ def test_learning_rate_and_entropy_fall_linearly_over_the_run():
     for trainer in (still, falling):
         for _ in range(5):
             trainer._next_update()
-            rates = {group["lr"] for group in trainer.optimiser.param_groups}
-            seen.append((*rates, trainer.policy_loss.entropy_coefficient))
+            rates = {group["lr"] for group in trainer.learner.optimiser.param_groups}
+            seen.append((*rates, trainer.learner.policy_loss.entropy_coefficient))
     assert seen[:5] == [(0.5, 0.01)] * 5
     expected = [(0.5 * left, 0.01 * left) for left in (1, 0.8, 0.6, 0.4, 0.2)]
     np.testing.assert_allclose(seen[5:], expected, rtol=1e-12)

@@ -75,7 +75,7 @@ def values_by_hand(trainer, states):
             if arguments:
                 theta = {name: tensor[:, 0] for name, tensor in theta.items()}
             theta = {name: tensor[0] for name, tensor in theta.items()}
-            found[agent, row] = trainer.value.forward(theta, state).item()
+            found[agent, row] = trainer.critic.mlp.forward(theta, state).item()
     return found
 
 
@@ -85,7 +85,7 @@ def test_critics_value_how_the_world_stands(method):
     steps, states = watched(trainer.collector.env)
     samples = trainer._collect().samples
     assert torch.equal(samples["world_state"], torch.cat(states)[None])
-    assert trainer.value.observation_size == AGENTS + 1
+    assert trainer.critic.mlp.observation_size == AGENTS + 1
     value = samples["value"].unflatten(1, (STEPS, COPIES))
     with torch.no_grad():
         for t in (0, 5, STEPS - 1):
@@ -159,7 +159,7 @@ def test_recurrent_critics_remember_how_the_world_stood():
     rollout = trainer._collect()
     samples = rollout.samples
     assert samples["world_state"].shape == (1, COPIES, STEPS, AGENTS + 1)
-    assert trainer.value.memory.inputs == AGENTS + 1
+    assert trainer.critic.mlp.memory.inputs == AGENTS + 1
     # the same values as reading each segment at once
     with torch.no_grad():
         read = samples["world_state"].expand(AGENTS, -1, -1, -1)
@@ -169,7 +169,7 @@ def test_recurrent_critics_remember_how_the_world_stood():
             "starts": samples["starts"],
         }
         theta = trainer.critic.all_agents()
-        value = trainer.value.forward(theta, trainer.value.read(theta, batch)).squeeze(-1)
+        value = trainer.critic.mlp.forward(theta, trainer.critic.mlp.read(theta, batch)).squeeze(-1)
     torch.testing.assert_close(value, samples["value"])
 
 
