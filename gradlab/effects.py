@@ -66,6 +66,7 @@ def measure_effects(
     copy: Int[Tensor, " sample"],
     *,
     mask: Bool[Tensor, "agent sample"] | None = None,
+    context: Mapping[str, Mapping[str, Tensor]] | None = None,
     behaviour: Behaviour,
     diagnosed: Mapping[str, Quantity],
     optimiser: torch.optim.Adam | None = None,
@@ -81,6 +82,7 @@ def measure_effects(
         copy: The environment copy that each sample comes from. Steps are made from every other
             copy, and the losses are those of the rest.
         mask: Which samples exist; all by default.
+        context: As `NetworkProbe.diagnose` takes it.
         behaviour: What the agents do.
         diagnosed: What `NetworkProbe.diagnose` found in these batches.
         optimiser: Take the steps that this one would, see `gradlab.adam_preconditioner`; None:
@@ -107,8 +109,9 @@ def measure_effects(
         of_networks[name] = {}
         if optimiser is None or optimiser.state:
             with _noted(f"{name}, transference", findings):
+                held = {} if context is None else context[name]
                 of_networks[name] |= _transference(
-                    probe, name, batches[name], copy, mask, optimiser
+                    probe, name, batches[name], copy, mask, held, optimiser
                 )
         embedding = embedding_of(network.generator)
         if embedding is not None:
@@ -133,6 +136,7 @@ def _transference(
     batch: Mapping[str, Tensor],
     copy: Int[Tensor, " sample"],
     mask: Bool[Tensor, "agent sample"] | None,
+    context: Mapping[str, Tensor],
     optimiser: torch.optim.Adam | None,
 ) -> dict[str, Quantity]:
     network = probe.networks[name]
@@ -147,6 +151,7 @@ def _transference(
         held_out,
         mask=ours.pop(_MASK, None),
         held_out_mask=held_out.pop(_MASK, None),
+        context=in_precision(context, torch.float64),
         preconditioner=weights,
     )
     if optimiser is None:

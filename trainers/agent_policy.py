@@ -1,5 +1,6 @@
 """One agent's policy out of a run, as an ordinary module."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from trainers.evaluation import saved_trainer
 from trainers.loop import Trainer
 from trainers.memory import ENCODER, GRU, Memory
 from trainers.normalisers import ObservationNormaliser
-from trainers.policies import Gaussian
+from trainers.policies import Gaussian, Squashed
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -50,6 +51,7 @@ class AgentPolicy(nn.Module):
             paths.append(nn.Sequential(*parts[:-1]))
         self.layers = paths[0] if len(paths) == 1 else _Sum(paths)
         self.continuous = isinstance(policy, Gaussian)
+        self._squashed = isinstance(policy, Squashed)
         self.observation_size = trainer.spec.observation_size
         outputs = mlp.sizes[-1]
         allowed = torch.ones(outputs, dtype=torch.bool)
@@ -67,7 +69,11 @@ class AgentPolicy(nn.Module):
                 bound if bound.dim() == 1 else bound[agent]
                 for bound in (policy.box.low, policy.box.high)
             )
-            self.log_std = nn.Parameter(theta["log_std"])
+            self.log_std = nn.Parameter(
+                torch.full((outputs,), math.log(policy.noise))
+                if isinstance(policy, Squashed)
+                else theta["log_std"]
+            )
             self.register_buffer("action_middle", (high + low) / 2)
             self.register_buffer("action_half_range", (high - low) / 2)
 
@@ -94,6 +100,7 @@ class AgentPolicy(nn.Module):
     def _acts(self, made: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if not self.continuous:
             return made.masked_fill(~self.allowed, -torch.inf)
+        made = made.tanh() if self._squashed else made
         mean = self.action_middle + self.action_half_range * made
         std = (self.action_half_range * self.log_std.exp()).expand_as(mean)
         return mean.masked_fill(~self.allowed, 0.0), std.masked_fill(~self.allowed, 0.0)

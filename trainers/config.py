@@ -91,6 +91,55 @@ class A2CConfig(OnPolicyConfig):
     )
 
 
+class MATD3Config(_Section):
+    """Multi-agent TD3 (Ackermann et al., 2019): `--algorithm matd3`."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="the actors' step size")
+    critic_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="the critics' step size"
+    )
+    gradient_steps: PositiveInt | None = Field(
+        None,
+        description="steps of the critics in an update (default: one for each step of a rollout)",
+    )
+    batch_size: PositiveInt = Field(
+        1000, description="samples of each agent in a step, drawn from the replay"
+    )
+    replay_frames: PositiveInt = Field(
+        1_000_000, description="frames that the replay holds; the oldest go first"
+    )
+    warmup_frames: Annotated[int, Field(ge=0)] = Field(
+        10_000,
+        description="frames that are collected, with much noise, before anything is learned",
+    )
+    discount: Fraction = Field(0.99, description="discount factor gamma")
+    n_step: PositiveInt = Field(5, description="steps of reward in a critic's target")
+    policy_delay: PositiveInt = Field(
+        2, description="steps of the critics for each of the actors and of the target networks"
+    )
+    polyak: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.005, description="how far the target networks move towards the networks in a step"
+    )
+    exploration_noise: Annotated[float, Field(gt=0)] = Field(
+        0.1,
+        description="standard deviation of what is added to continuous actions, in units of half "
+        "their range; numbered actions are drawn",
+    )
+    target_noise: NonNegative = Field(
+        0.2, description="the same for the actions in a target (target policy smoothing)"
+    )
+    noise_clip: NonNegative = Field(0.5, description="where that is cut off")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="of the straight-through Gumbel-softmax of numbered actions"
+    )
+    logit_penalty: NonNegative = Field(
+        1e-3, description="weight of the mean squared logit in the loss of numbered actions"
+    )
+    max_gradient_norm: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="clip the gradient's norm; nops clips each agent's own gradient"
+    )
+
+
 class NetworkConfig(_Section):
     """The policy and value networks that every method uses or generates."""
 
@@ -214,15 +263,16 @@ class TrainConfig(SharingConfig):
     critic_method: str | None = Field(
         None, description="sharing scheme of the critics (default: --method; nops with dico)"
     )
-    algorithm: Literal["ippo", "mappo", "a2c"] = Field(
+    algorithm: Literal["ippo", "mappo", "a2c", "matd3"] = Field(
         "ippo",
         description="ippo: PPO whose critics read their agent's own observation; mappo: that of "
-        "all agents; a2c: advantage actor-critic, one step on each rollout, critics as in ippo",
+        "all agents; a2c: advantage actor-critic, one step on each rollout, critics as in ippo; "
+        "matd3: off-policy, critics read all agents' observations and actions",
     )
     critic_input: Literal["observations", "state"] = Field(
         "observations",
-        description="what mappo's critics read: observations, those of all agents; state: the "
-        "environment's own world state, if it has one (smax, mamujoco)",
+        description="what mappo's and matd3's critics read: observations, those of all agents; "
+        "state: the environment's own world state, if it has one (smax, mamujoco)",
     )
     env: str = Field("specialisation", description="environment")
     env_args: dict[str, JsonValue] = Field(
@@ -283,6 +333,7 @@ class TrainConfig(SharingConfig):
     )
     ppo: PPOConfig = Field(default_factory=PPOConfig)
     a2c: A2CConfig = Field(default_factory=A2CConfig)
+    matd3: MATD3Config = Field(default_factory=MATD3Config)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     normalise: NormaliseConfig = Field(default_factory=NormaliseConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
@@ -297,7 +348,7 @@ class TrainConfig(SharingConfig):
 
     @property
     def on_policy(self) -> PPOConfig | A2CConfig:
-        """Settings of the algorithm that trains."""
+        """Settings of the on-policy algorithm that trains."""
         return self.a2c if self.algorithm == "a2c" else self.ppo
 
     @property
@@ -310,6 +361,11 @@ class TrainConfig(SharingConfig):
         actor, critic = self.methods.values()
         named = [actor] if critic == CRITICS.get(actor) else [actor, critic]
         return "+".join(dict.fromkeys([*named, *aggregator]))
+
+    @property
+    def discount(self) -> float:
+        """Discount factor of the algorithm that trains."""
+        return (self.matd3 if self.algorithm == "matd3" else self.on_policy).discount
 
     @property
     def recurrent_size(self) -> int | None:

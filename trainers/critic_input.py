@@ -1,4 +1,4 @@
-"""What a critic reads: its agent's observation (IPPO, A2C), or more than that (MAPPO).
+"""What a critic reads: its agent's observation (IPPO, A2C), or more than that (MAPPO, MATD3).
 
 Samples hold `observation` of every agent. Where critics are to read the environment's own world
 state, they hold `world_state` [1, sample, state] as well, once for all agents.
@@ -102,10 +102,11 @@ def make_critic_input(config: TrainConfig, spec: EnvSpec) -> CriticInput:
     Raises:
         UsageError: If the environment has no such thing, or the algorithm does not read it.
     """
+    joint = config.algorithm in {"mappo", "matd3"}
     if config.critic_input == "observations":
-        return joint_observation if config.algorithm == "mappo" else own_observation
+        return joint_observation if joint else own_observation
     check(
-        config.algorithm == "mappo",
+        joint,
         "critic_input",
         f"be observations with --algorithm {config.algorithm}, whose critics read their "
         "agent's own",

@@ -29,7 +29,7 @@ class NetworkDescription:
     """One network of a training.
 
     Attributes:
-        network: "actor" or "critic".
+        network: "actor", "critic", or "twin", a second critic.
         method: Its sharing scheme.
         widths: From input to output.
         activation: Between the layers.
@@ -56,7 +56,7 @@ class NetworkDescription:
 
 
 def describe_networks(trainer: Trainer) -> list[NetworkDescription]:
-    """Describe the actors and critics of a training.
+    """Describe all that a training trains.
 
     Args:
         trainer: The training.
@@ -64,10 +64,10 @@ def describe_networks(trainer: Trainer) -> list[NetworkDescription]:
     Returns:
         One description for each.
     """
-    generators = {"actor": trainer.actor, "critic": trainer.critic}
+    methods = trainer.config.methods
     return [
-        describe_generator(network, trainer.config.methods[network], generator)
-        for network, generator in generators.items()
+        describe_generator(network, methods.get(network, methods["critic"]), generator)
+        for network, generator in trainer.learner.networks.items()
     ]
 
 

@@ -87,7 +87,8 @@ class Diagnosis:
         if config.diagnostics == "off" or not (of_effects or update % config.every == 0):
             return {}
         batches, copy, mask = self._batches(rollout)
-        found = self.probe.diagnose(batches, copy, mask)
+        context = self._context()
+        found = self.probe.diagnose(batches, copy, mask, context)
         self.findings += self.probe.findings
         if of_effects:
             effects, findings = measure_effects(
@@ -95,6 +96,7 @@ class Diagnosis:
                 batches,
                 copy,
                 mask=mask,
+                context=context,
                 behaviour=self._behaviour(update, rollout),
                 diagnosed=found,
                 optimiser=self._optimiser if config.effects_preconditioned else None,
@@ -137,6 +139,10 @@ class Diagnosis:
             of_critic.pop("world_state", None)
             of_critic["observation"] = read
         return batches, copy, mask
+
+    def _context(self) -> dict[str, dict[str, Tensor]] | None:
+        """What all of an agent's samples hold as well, of each network."""
+        return None
 
     @torch.no_grad()
     def _behaviour(self, update: int, rollout: Rollout) -> Behaviour:

@@ -28,7 +28,8 @@ from trainers.envs.vector_env import (
 from trainers.episodes import Episodes, Watch, play_episodes
 from trainers.finite import NotFinite
 from trainers.learner import Learner
-from trainers.on_policy import PPO
+from trainers.matd3 import MATD3
+from trainers.on_policy import OnPolicy
 from trainers.rollout import Rollout
 from trainers.samples import of_network
 
@@ -61,7 +62,8 @@ class Trainer:
         self.spec: EnvSpec = env.spec
         if not config.pad:
             check_equal_spaces(self.spec)
-        self.learner: Learner = PPO(config, env, self.random)
+        learner = MATD3 if config.algorithm == "matd3" else OnPolicy
+        self.learner: Learner = learner(config, env, self.random)
         self.collector, self.policy = self.learner.collector, self.learner.policy
         self.actor, self.critic = (self.learner.networks[name] for name in ("actor", "critic"))
         self.diagnosis = self.learner.diagnosis

@@ -24,7 +24,7 @@ from trainers.update import Updater, check_minibatches
 from trainers.values import Critics
 
 
-class PPO(Learner):
+class OnPolicy(Learner):
     """PPO (Schulman et al., 2017) and A2C (Mnih et al., 2016), for every sharing scheme.
 
     Attributes:

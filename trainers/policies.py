@@ -187,8 +187,7 @@ class Gaussian(Policy):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw actions; see `Policy.sample`."""
-        mean = self.network.forward(theta, observation)
-        log_std = per_agent(theta["log_std"], mean)
+        mean, log_std = self._moments(theta, observation)
         noise = torch.randn(mean.shape, generator=generator)
         action = mean + log_std.exp() * noise
         check_finite("the actor's action", action, ("agent", "copy", "component"))
@@ -198,25 +197,23 @@ class Gaussian(Policy):
         self, theta: Theta, observation: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Take the means; see `Policy.mode`."""
-        mean = self.network.forward(theta, observation)
+        mean, log_std = self._moments(theta, observation)
         check_finite("the actor's action", mean, ("agent", "copy", "component"))
-        log_std = per_agent(theta["log_std"], mean)
         return mean, _log_density(torch.zeros_like(mean), log_std, mask)
 
     def evaluate(
         self, theta: Theta, observation: Tensor, action: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy; see `Policy.evaluate`."""
-        mean = self.network.forward(theta, observation)
-        log_std = per_agent(theta["log_std"], mean)
+        mean, log_std = self._moments(theta, observation)
         noise = (action - mean) * torch.exp(-log_std)
         entropy = _sum(log_std + 0.5 * math.log(2 * math.pi * math.e), mask)
         return _log_density(noise, log_std, mask), entropy
 
     def distribution(self, theta: Theta, observation: Tensor) -> dict[str, Tensor]:
         """Mean and standard deviation of the action; see `Policy.distribution`."""
-        mean = self.network.forward(theta, observation)
-        std = per_agent(theta["log_std"], mean).exp().expand_as(mean)
+        mean, log_std = self._moments(theta, observation)
+        std = log_std.exp().expand_as(mean)
         low, high = self._bounds(mean.dim())
         half = (high - low) / 2
         mask = self._own(mean.dim())
@@ -224,6 +221,11 @@ class Gaussian(Policy):
         if mask is None:
             return found
         return {name: values.masked_fill(~mask, 0.0) for name, values in found.items()}
+
+    def _moments(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Means, and logarithms of the standard deviations, in units of half the range."""
+        mean = self.network.forward(theta, observation)
+        return mean, per_agent(theta["log_std"], mean)
 
     def to_env(self, action: Tensor) -> Tensor:
         """Scale to the action range and clip to it; see `Policy.to_env`."""
@@ -236,6 +238,36 @@ class Gaussian(Policy):
         return (
             (low, high) if low.dim() == 1 else (_along_agents(low, axes), _along_agents(high, axes))
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squashed(Gaussian):
+    """A deterministic policy, tanh of the network's outputs, with noise of fixed size to explore.
+
+    Actions that are drawn are clipped to the range, and 0 where a mask says that a component has
+    no effect; log-probability and entropy are those of the noise before.
+
+    Attributes:
+        noise: Standard deviation of the noise, in units of half the action range; above 0.
+    """
+
+    noise: float
+
+    def sample(
+        self,
+        theta: Theta,
+        observation: Tensor,
+        generator: Generator,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw actions; see `Policy.sample`."""
+        action, log_prob = super().sample(theta, observation, generator, mask)
+        action = action.clamp(-1, 1)
+        return action if mask is None else torch.where(mask, action, 0.0), log_prob
+
+    def _moments(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.network.forward(theta, observation).tanh()
+        return mean, torch.full_like(mean, math.log(self.noise))
 
 
 def _along_agents(parameter: Tensor, axes: int) -> Tensor:
@@ -264,6 +296,7 @@ def make_policy(
     activation: str,
     action_mask: Tensor | None = None,
     memory_size: int | None = None,
+    noise: float | None = None,
 ) -> Policy:
     """Make the policy that fits an action space.
 
@@ -274,6 +307,8 @@ def make_policy(
         activation: "tanh" or "relu".
         action_mask: What each agent may do [agent, action], if not all of them everything.
         memory_size: Size of a recurrent policy's memory; None: it has none.
+        noise: Make policies of continuous actions deterministic but for noise of this size, see
+            `Squashed`; None: Gaussian ones, whose standard deviations are learned.
 
     Returns:
         The policy; its head starts with gain 0.01, so that first actions hardly depend on it.
@@ -287,8 +322,10 @@ def make_policy(
         activation=activation,
         memory_size=memory_size,
         head_gain=0.01,
-        log_std_size=0 if discrete else outputs,
+        log_std_size=0 if discrete or noise is not None else outputs,
     )
+    if isinstance(action_space, Box) and noise is not None:
+        return Squashed(network=network, box=action_space, action_mask=action_mask, noise=noise)
     if isinstance(action_space, Box):
         return Gaussian(network=network, box=action_space, action_mask=action_mask)
     return Categorical(network=network, action_mask=action_mask)

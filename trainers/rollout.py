@@ -385,7 +385,7 @@ def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
             world_states = ObservationNormaliser(env.spec.world_state_size, scales.clip)
     if scales.rewards:
         rewards = RewardNormaliser(
-            env.spec.agents, env.copies, discount=config.on_policy.discount, clip=scales.clip
+            env.spec.agents, env.copies, discount=config.discount, clip=scales.clip
         )
     return Collector(
         env,

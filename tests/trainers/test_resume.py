@@ -42,6 +42,23 @@ CASES = {
         "network": {"match": "hypermarl-linear", "log_std": "agent", "hidden": [8]},
         "hypernetwork": {"embedding": "random", "shared_trunk": True, "hidden": [8]},
     },
+    "off-policy": {
+        "method": "hypermarl",
+        "algorithm": "matd3",
+        "env": "vmas/navigation",
+        "env_args": {"max_steps": 12},
+        "agents": 2,
+        "normalise": {"observations": True, "rewards": True},
+        "matd3": {"warmup_frames": 100, "replay_frames": 200, "batch_size": 16},
+        "hypernetwork": {"hidden": [8]},
+    },
+    "off-policy, numbered": {
+        "method": "nops",
+        "algorithm": "matd3",
+        "env": "specialisation-temporal",
+        "agents": 3,
+        "matd3": {"warmup_frames": 100, "replay_frames": 200, "batch_size": 16},
+    },
     "options": {
         "method": "hypermarl",
         "algorithm": "mappo",
