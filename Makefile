@@ -10,10 +10,10 @@ demo: $(VENV)/.installed  ## train three methods with diagnostics, compare their
 	$(BIN)/gradlab demo --out $(DEMO)
 
 test: $(VENV)/.installed browser rendering  ## all tests but the slow ones
-	$(BIN)/pytest -q -n auto -m "not slow"
+	$(BIN)/pytest -q -n auto --dist loadgroup -m "not slow"
 
 test-all: $(VENV)/.installed browser rendering
-	$(BIN)/pytest -q -n auto
+	$(BIN)/pytest -q -n auto --dist loadgroup
 
 check: $(VENV)/.installed  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

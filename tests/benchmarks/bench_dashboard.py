@@ -257,7 +257,11 @@ def growing(run, folder):
     return {"median": round(statistics.median(found), 2), "largest": round(max(found), 2)}
 
 
-_PAINTED = """performance.getEntriesByName("first-contentful-paint")[0].startTime"""
+_PAINTED = """async () => {
+  const found = () => performance.getEntriesByName("first-contentful-paint")[0];
+  while (!found()) await new Promise((done) => setTimeout(done, 20));
+  return found().startTime;
+}"""
 
 _DRAWN = """update => document.documentElement.dataset.drawn === "yes"
   && document.querySelector("#tabpanel-interference .badge").textContent.startsWith(`update ${update}`)"""

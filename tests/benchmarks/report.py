@@ -385,6 +385,53 @@ def environments():
     )
 
 
+def dashboard():
+    record = load("dashboard")
+    found = record["rows"]
+    rows = []
+
+    def seconds(numbers):
+        return ", ".join(f"{number:.2f} s" for number in numbers)
+
+    for form, words in (("html", "as a page"), ("served", "served")):
+        of, limits = found[form], found["limits"][form]
+        if "megabytes" in of:
+            rows.append((words, "size", f"{of['megabytes']:.1f} MB", f"{limits['megabytes']} MB"))
+            rows.append((words, "to be written", seconds([of["seconds to write"]]), ""))
+        for name in ("first paint", "interactive"):
+            limit = limits.get(f"seconds to {name}")
+            shown = seconds(of[f"seconds to {name}"])
+            what = "words and controls seen" if name == "first paint" else "figures drawn"
+            rows.append((words, what, shown, f"{limit} s" if limit else ""))
+        for tab, times in of["slider step, ms"].items():
+            cell = f"{times['median']:.0f} ms (at most {times['largest']:.0f})"
+            limit = f"{limits['slider step, ms']} ms"
+            rows.append((words, f"a step of the slider, {tab}", cell, limit))
+    of, limits = found["served"], found["limits"]["served"]
+    rows.append((
+        "served",
+        "200 runs listed",
+        seconds(of["seconds to list 200 runs"]),
+        f"{limits['seconds to list 200 runs']} s",
+    ))
+    drawn = of["seconds from record to drawn"]
+    rows.append((
+        "served",
+        "from record to figure",
+        f"{drawn['median']:.2f} s (at most {drawn['largest']:.2f})",
+        f"{limits['seconds from record to drawn']} s",
+    ))
+    columns = ("form", "what", "measured", "aim")
+    return (
+        f"## Dashboard\n\nA run of {found['agents']} agents, {found['updates']:,} diagnosed updates, "
+        "actor and critic, four layers, in headless Chromium without a graphics card. Openings one "
+        "after the other, of which the first finds no compiled scripts; a step of the slider lasts "
+        "until all panels in sight are drawn, medians of 40 steps.\n\n"
+        + table(columns, rows)
+        + provenance(record)
+    )
+
+
 def main():
     PAGE.write_text(
         (
@@ -399,6 +446,7 @@ def main():
             + growth()
             + learning()
             + environments()
+            + dashboard()
         ).rstrip("\n")
         + "\n"
     )

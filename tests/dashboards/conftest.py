@@ -32,6 +32,14 @@ SMALL = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """Keep the tests of this folder in one process, which then trains and opens pages once."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("dashboards"))
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A run of each method, of three updates; and a second seed of the first."""
