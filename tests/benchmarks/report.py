@@ -173,6 +173,23 @@ def training():
     )
 
 
+def schemes():
+    record = load("schemes")
+    rows = [
+        (f"`{row['training']}`", f"{row['ms']:,.0f}", f"{1000 * row['frames'] / row['ms']:,.0f}", f"{row['ratio']:.2f}")
+        for row in record["rows"]
+    ]
+    first = record["rows"][0]
+    return (
+        "## Sharing schemes\n\nWhole updates, rollout and all, without diagnostics: `vmas/navigation`, "
+        f"{first['agents']} agents, {first['frames']:,} frames in each update, PPO with 4 epochs of 4 minibatches or A2C "
+        "with its one step, one thread. An update of each in turn; the ratio is the time beside that of `fups` with PPO "
+        "in the same turn, median over turns. `dico` is scaled to a diversity of 1.\n\n"
+        + table(("training", "ms per update", "frames/s", "ratio of times"), rows)
+        + provenance(record)
+    )
+
+
 def benchmarl():
     record = load("benchmarl")
     rows = [
@@ -441,6 +458,7 @@ def main():
             + scale()
             + statistics()
             + training()
+            + schemes()
             + benchmarl()
             + throughput()
             + growth()

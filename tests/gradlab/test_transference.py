@@ -303,7 +303,7 @@ def test_the_module_and_random_states_are_left_as_they_are(method):
         assert parameter.requires_grad
         assert parameter.is_leaf
     for name, tensor in tensors.items():
-        bits, bits_before = (t.contiguous().view(torch.uint8) for t in (tensor, before[name]))
+        bits, bits_before = (t.flatten().view(torch.uint8) for t in (tensor, before[name]))
         assert torch.equal(bits, bits_before), name
     with torch.no_grad():
         again = transference(c.generator, c.surrogate, batch, held_out)
