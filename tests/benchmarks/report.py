@@ -176,7 +176,12 @@ def training():
 def schemes():
     record = load("schemes")
     rows = [
-        (f"`{row['training']}`", f"{row['ms']:,.0f}", f"{1000 * row['frames'] / row['ms']:,.0f}", f"{row['ratio']:.2f}")
+        (
+            f"`{row['training']}`",
+            f"{row['ms']:,.0f}",
+            f"{1000 * row['frames'] / row['ms']:,.0f}",
+            f"{row['ratio']:.2f}",
+        )
         for row in record["rows"]
     ]
     first = record["rows"][0]
