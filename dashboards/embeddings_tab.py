@@ -62,10 +62,10 @@ def embeddings_tab(runs: Runs) -> Tab:
     panels = [
         _pca_panel(runs),
         _tsne_panel(runs),
-        _solid_panel(runs),
         _mds_panel(runs),
-        *([_umap_panel(runs)] if umap_is_installed() else []),
         _trajectories_panel(runs),
+        *([_umap_panel(runs)] if umap_is_installed() else []),
+        _solid_panel(runs),
         _scree_panel(runs),
         _seeds_panel(runs),
         _distance_panel(runs),
@@ -118,11 +118,14 @@ def updates_of(runs: Runs, most: int = _MOST) -> Any:  # noqa: ANN401 -- Callabl
 
     def updates(choices: Choices) -> list[int]:
         of = runs[choices.run]
-        found = [embedding(of, network) for network in of.labels("network") or ("actor", "critic")]
-        known = sorted({
-            int(update) for points in found if points is not None for update in points["update"]
-        })
-        return evenly_spaced(known, most)
+
+        def find() -> list[int]:
+            networks = of.labels("network") or ("actor", "critic")
+            found = [embedding(of, network) for network in networks]
+            known = {u for rows in found if rows is not None for u in rows["update"].to_numpy()}
+            return evenly_spaced(sorted(map(int, known)), most)
+
+        return of.once(("updates of embeddings", most), find)
 
     return updates
 
