@@ -239,17 +239,24 @@ def test_adapters_add_an_agents_product_to_the_shared_weights():
     mlp = mlp_of(6, 8, 3)
     generator = make("adapters", mlp, config=SharingConfig(adapter={"rank": 5}))
     assert [tuple(generator.left[layer].shape) for layer in mlp.layers] == [(3, 8, 5), (3, 3, 3)]
-    plain = {name: tensor.detach().clone() for name, tensor in generator.all_agents().items()}
-    assert all(torch.equal(t[0], t[-1]) for t in plain.values())  # all start alike
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in generator.left.values():
-            parameter.copy_(torch.randn(parameter.shape, generator=random))
     for layer in mlp.layers:
+        shared = generator.theta[f"{layer}/weight"]
         for agent in range(3):
             change = generator.left[layer][agent] @ generator.right[layer][agent]
             found = generator(torch.tensor([agent]))[f"{layer}.weight"][0]
-            torch.testing.assert_close(found, plain[f"{layer}.weight"][0] + change)
+            torch.testing.assert_close(found, shared + change)
+
+
+def test_adapters_start_as_long_as_the_shared_weights():
+    generator = make("adapters", mlp_of(64, 48, 32), agents=64)
+    for layer, left in generator.left.items():
+        changes = (left @ generator.right[layer]).flatten(1)
+        length = generator.theta[f"{layer}/weight"].square().sum().item()
+        assert changes.square().sum(1).mean().item() == pytest.approx(length, rel=0.1)
+
+
+def test_adapters_are_told_apart_by_their_changes():
+    generator = make("adapters", mlp_of(6, 8, 3))
     rows, _ = generator.representation()
     assert rows.shape == (3, 6 * 8 + 8 * 3)
 
@@ -373,6 +380,7 @@ def test_table_of_the_docs_is_that_of_the_methods():
     [
         pytest.param({"method": "fups-id-nostate"}, id="nostate", marks=pytest.mark.slow),
         pytest.param({"method": "hypermarl-no-rf"}, id="no-rf", marks=pytest.mark.slow),
+        pytest.param({"method": "adapters"}, id="adapters", marks=pytest.mark.slow),
         pytest.param(
             {"hypernetwork": {"shared_trunk": True, "embedding": "orthogonal"}},
             id="shared trunk",

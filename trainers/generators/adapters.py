@@ -22,8 +22,8 @@ class Adapters(FuPS):
     """theta_i = psi with W + U_i V_i in place of each layer's weight W.
 
     Biases, the memory of a recurrent network, and `log_std` unless told otherwise, are those of all
-    agents. U_i starts at 0, so that all agents start with the same policy, and V_i with variance
-    1 / inputs, another one for each agent, so that their gradients differ from the start.
+    agents. V_i starts with variance 1 / inputs and U_i so that U_i V_i is as long as W on average:
+    agents that start alike would stay at a saddle where they have to differ.
 
     Attributes:
         left: U_i of all agents [agent, outputs, rank] by layer.
@@ -54,7 +54,10 @@ class Adapters(FuPS):
             rank = _rank(config, outputs, inputs)
             right = torch.empty(agents, rank, inputs)
             right.normal_(0, math.sqrt(1 / inputs), generator=random)
-            self.left[layer] = nn.Parameter(torch.zeros(agents, outputs, rank))
+            squared_length = mlp.gain(layer) ** 2 * min(outputs, inputs)  # of W
+            left = torch.empty(agents, outputs, rank)
+            left.normal_(0, math.sqrt(squared_length / (outputs * rank)), generator=random)
+            self.left[layer] = nn.Parameter(left)
             self.right[layer] = nn.Parameter(right)
 
     @classmethod
