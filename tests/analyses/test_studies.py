@@ -88,6 +88,7 @@ def test_specialisation_verdicts_hold_over_five_seeds(tmp_path):
         assert float(run.quantity("residual").max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_study_of_the_games_tabulates_every_game_and_size(tmp_path):
     study = STUDIES["games"]
     assert len(study.budgets["standard"]) == 4 * 4 * 5 * 5

@@ -32,6 +32,7 @@ SMALL = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are looked at
 def pytest_collection_modifyitems(items):
     """Keep the tests of this folder in one process, which then trains and opens pages once."""
     here = Path(__file__).parent

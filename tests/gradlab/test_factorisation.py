@@ -58,7 +58,9 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("budget", [1, 2**22], ids=["parts", "whole"])
+@pytest.mark.parametrize(
+    "budget", [1, pytest.param(2**22, marks=pytest.mark.slow)], ids=["parts", "whole"]
+)
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_coupled_generator_equals_the_dense_oracle(surrogate, budget):
     c = case("hypermarl-coupled", surrogate)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from selection import slow_but
 
 from gradlab.checks import TrainingFailed, UsageError
 from gradlab.run import open_run
@@ -115,7 +116,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, "actor", "observation", "loss"))
 def test_training_stops_at_what_is_not_finite_and_goes_on_from_before(tmp_path, monkeypatch, case):
     break_it, settings, message = CASES[case]
     whole = train(tmp_path / "whole", **settings)

@@ -81,7 +81,7 @@ def killed_again_and_again(processes, tmp_path, case, *, files, kills, seed, lon
 
 @pytest.mark.parametrize(
     ("case", "files"),
-    [("game", WRITING), ("navigation", ANYWHERE)],
+    [("game", WRITING), pytest.param("navigation", ANYWHERE, marks=pytest.mark.slow)],
     ids=["game-writing", "navigation-anywhere"],
 )
 def test_run_killed_several_times_ends_to_the_same_bits(processes, tmp_path, case, files):

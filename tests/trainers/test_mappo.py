@@ -1,5 +1,6 @@
 import pytest
 import torch
+from selection import slow_but
 
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter
@@ -58,7 +59,7 @@ def test_critics_value_what_all_agents_see(method):
     assert actor == trainer.spec.observation_size
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, "nops", "hypermarl"))
 def test_diagnosed_run_ends_with_the_weights_of_a_plain_one(tmp_path, method):
     diagnosed, run = train(tmp_path / "a", method=method)
     plain, _ = train(tmp_path / "b", method=method, diagnostics="off")

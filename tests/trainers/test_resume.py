@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from resuming import same_end
+from selection import slow_but
 
 from gradlab.checks import UsageError
 from gradlab.run import open_run
@@ -90,7 +91,7 @@ def train(folder, settings, *, stop_after=math.inf, tell=unexpected):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, "game", "vmas", "off-policy"))
 def test_stopped_and_resumed_run_ends_as_the_uninterrupted_one(tmp_path, case):
     train(tmp_path / "whole", CASES[case])
     train(tmp_path / "parts", CASES[case], stop_after=3)
@@ -190,7 +191,7 @@ def half(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", slow_but(DAMAGE, "tensors cut off", "head of another"))
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, whole, half, damage):
     shutil.copytree(half, tmp_path / "r")
     stem = tmp_path / "r" / "checkpoints" / f"{3:09d}"

@@ -123,6 +123,7 @@ def test_battles_end_when_a_side_is_dead_and_are_cut_off_at_the_limit():
     assert env.action_mask().shape == begun[1].shape == (3, COPIES, env.spec.action_space.n)
 
 
+@pytest.mark.slow
 def test_dead_units_go_on_if_that_is_asked_for():
     env, plain = make(train_dead=True), make()
     env.reset(), plain.reset()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
+from selection import slow_but
 
 from analyses.conflict import quantity_table
 from analyses.curves import series
@@ -29,7 +30,7 @@ def train(folder, **settings):
     return trainer, open_run(folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, "fups", "hypermarl", "hypermarl-coupled"))
 def test_diagnosed_run_ends_with_the_weights_of_a_plain_one(tmp_path, method):
     often = {"effects_every": 2, "effects_preconditioned": True}
     diagnosed, run = train(tmp_path / "a", method=method, **often)

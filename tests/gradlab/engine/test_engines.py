@@ -101,7 +101,14 @@ def test_one_agent_is_enough():
 
 
 @pytest.mark.parametrize(
-    ("engine", "copies"), [("auto", 0), ("general", 0), ("auto", 3), ("general", 1), ("auto", 1000)]
+    ("engine", "copies"),
+    [
+        ("auto", 0),
+        pytest.param("general", 0, marks=pytest.mark.slow),
+        ("auto", 3),
+        pytest.param("general", 1, marks=pytest.mark.slow),
+        pytest.param("auto", 1000, marks=pytest.mark.slow),
+    ],
 )
 def test_float32_sums_of_a_million_samples_stay_exact(engine, copies):
     samples = 10**6
