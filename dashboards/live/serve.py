@@ -82,9 +82,12 @@ def serve(
     # Also of SIGINT: a shell without job control has what it starts in the background ignore it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    announce(_address(host, port, names, token))
-    # Ends, and lets its threads end, at KeyboardInterrupt.
-    server.run()
+    try:
+        announce(_address(host, port, names, token))
+        # Ends, and lets its threads end, at KeyboardInterrupt.
+        server.run()
+    except KeyboardInterrupt:  # it came before that
+        server.close()
 
 
 def _is_run_itself(index: RunIndex) -> Callable[[Path], bool]:
