@@ -14,7 +14,7 @@ import tempfile
 import warnings
 
 import torch
-from bench_throughput import Worker
+from bench_throughput import Worker, in_turns
 from benchmarl.algorithms import IppoConfig
 from benchmarl.environments import VmasTask
 from benchmarl.experiment import Experiment, ExperimentConfig
@@ -67,21 +67,7 @@ def train(side):
 
 
 def measured(sides, rounds):
-    found = {side: [] for side in sides}
-    workers = {side: Side(side) for side in sides}
-    try:
-        for worker in workers.values():
-            worker.answer()
-            worker.measure()  # not counted: what is done once
-        for number in range(rounds):
-            first = number % len(sides)
-            for side in (*sides[first:], *sides[:first]):
-                took = workers[side].measure()
-                found[side].append(took)
-                print(side, took, flush=True)
-    finally:
-        for worker in workers.values():
-            worker.__exit__()
+    found = in_turns({side: Side(side) for side in sides}, rounds)
     rows = []
     for side, stretches in found.items():
         row = {"side": side, "agents": AGENTS, "copies": COPIES, "rounds": rounds}

@@ -173,10 +173,10 @@ class Worker:
         self._process.wait()
 
 
-def measure_cell(cell, allocator, rounds, sides=tuple(SIDES)):
-    """Medians of CPU seconds over rounds in which all sides take turns."""
+def in_turns(workers, rounds):
+    """What workers measure of themselves in rounds whose order rotates; they end after it."""
+    sides = list(workers)
     found = {side: [] for side in sides}
-    workers = {side: Worker(side, cell, allocator) for side in sides}
     try:
         for worker in workers.values():
             worker.answer()
@@ -188,6 +188,12 @@ def measure_cell(cell, allocator, rounds, sides=tuple(SIDES)):
     finally:
         for worker in workers.values():
             worker.__exit__()
+    return found
+
+
+def measure_cell(cell, allocator, rounds, sides=tuple(SIDES)):
+    """Medians of CPU seconds over rounds in which all sides take turns."""
+    found = in_turns({side: Worker(side, cell, allocator) for side in sides}, rounds)
     frames = cell["copies"] * cell["steps"]
     rows = []
     for side, stretches in found.items():
