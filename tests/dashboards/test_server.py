@@ -275,7 +275,7 @@ def test_a_damaged_run_is_shown_with_what_is_missing(opened):
 SETTINGS = "--env specialisation --agents 3 --copies 8 --steps 8 --diagnostics full --every 1"
 
 
-def test_new_updates_appear_at_once_and_the_trainers_death_is_shown(folder, opened):
+def test_new_updates_appear_at_once_and_the_trainers_death_is_shown(folder, opened, tmp_path):
     trainer = start("train", *SETTINGS.split(), "--frames", 10**9, "--out", folder / "live")
     try:
         wait_for(lambda: (folder / "live" / "run.json").exists() and newest(folder / "live") > 0)
@@ -306,7 +306,8 @@ def test_new_updates_appear_at_once_and_the_trainers_death_is_shown(folder, open
     finally:
         trainer.kill()
         trainer.communicate()
-        shutil.rmtree(folder / "live")
+        # Moved and not deleted: the server may be reading it, which makes files beside the database.
+        (folder / "live").rename(tmp_path / "live")
 
 
 UPDATE = "Number(document.getElementById('update-text').textContent.match(/update (\\d+)/)?.[1])"
