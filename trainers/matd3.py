@@ -74,6 +74,14 @@ class MATD3(Learner):
             noise=settings.exploration_noise,
             **form,
         )
+        if isinstance(policy, Squashed) and config.methods["actor"] == "dico":
+            check(
+                not config.dico.snd,
+                "dico.snd",
+                "be 0 or left out with continuous actions and --algorithm matd3, whose policies "
+                "squash what DiCo scales",
+                config.dico.snd,
+            )
         reads = seen.shape[-1] + spec.agents * policy.network.sizes[-1]
         value = make_network(reads, 1, head_gain=1.0, **form)
         self.networks = {"actor": generator_of(config, "actor", policy.network, spec, random)}

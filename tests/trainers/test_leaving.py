@@ -143,6 +143,12 @@ OPTIONS = {
     "mappo": {"algorithm": "mappo", "reward": "team", "method": "fups-id"},
     "scales": {"normalise": {"observations": True, "rewards": True}, "method": "nops"},
     "coupled": {"method": "hypermarl-coupled", "effects_every": 1000},
+    "matd3": {
+        "algorithm": "matd3",
+        "method": "fups-id",
+        "matd3": {"warmup_frames": 1, "batch_size": 16, "replay_frames": COPIES * 30},
+        "diagnosed_samples": COPIES * STEPS,
+    },
 }
 
 

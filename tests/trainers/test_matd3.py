@@ -3,15 +3,18 @@ import re
 import numpy as np
 import pytest
 import torch
+from turns_game import use_turns
 
 import gradlab
 from gradlab.checks import UsageError
 from gradlab.decomposition import decompose
 from gradlab.run import open_run
+from trainers.acting import fixed_parameters
 from trainers.checkpoints import newest_checkpoint
 from trainers.config import TrainConfig
 from trainers.description import describe_networks
 from trainers.envs import make_env
+from trainers.episodes import play_episodes
 from trainers.evaluation import evaluate
 from trainers.loop import Trainer
 from trainers.matd3 import CRITICS, actor_batch, gumbel
@@ -386,6 +389,65 @@ def test_agents_with_different_spaces_are_trained(continuous, tmp_path):
     assert run.quantity("value_loss").notnull().all()
 
 
+def test_only_what_may_be_done_at_a_step_is_done_and_counted_on(monkeypatch):
+    use_turns(monkeypatch)
+    learner = learner_of(env="specialisation-temporal", env_args={"horizon": 5, "actions": 4})
+    batch, held, noise = batch_of(learner)
+    mask, following = held["action_mask"], held["following_action_mask"]
+    assert mask.double().mean() == 0.5
+    assert mask.gather(-1, held["action"][..., None]).all()
+    goes_on = held["bootstrap"] > 0
+    for sample in range(BATCH):
+        seen = held["following_observation"][:, sample]
+        made = [output(learner.targets["actor"], agent, seen[agent]) for agent in range(AGENTS)]
+        actions = [
+            one_hot((made[agent] + noise[agent, sample]).where(following[agent, sample], -1e30))
+            for agent in range(AGENTS)
+        ]
+        for agent in range(AGENTS):
+            values = [
+                output(learner.targets[name], agent, torch.cat([*seen, *actions])).item()
+                for name in CRITICS
+            ]
+            expected = held["return"][agent, sample] + held["bootstrap"][agent, sample] * min(
+                values
+            )
+            torch.testing.assert_close(batch["target"][agent, sample], expected.detach(), **CLOSE)
+    assert goes_on.any()
+    made = learner.policy.network.forward(
+        learner.networks["actor"].all_agents(), batch["observation"]
+    )
+    own = action_of(learner.policy, made, batch, 1.0)
+    assert (own * ~mask).abs().max() < 1e-12
+    assert learner._actor_step(batch) != 0
+
+
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        ("continuous", "adapters"),
+        ("numbered", "dico"),
+        pytest.param("continuous", "dico", marks=pytest.mark.slow),
+        pytest.param("numbered", "adapters", marks=pytest.mark.slow),
+    ],
+)
+def test_other_schemes_are_trained_too(case, method, tmp_path):
+    settings = CASES[case] | {"frames": COPIES * STEPS * 3}
+    config = config_of(method=method, diagnostics="full", **settings)
+    train_run(config, tmp_path / "r", tell=lambda _: None)
+    run = open_run(tmp_path / "r")
+    assert run.quantity("residual").max() < 1e-4
+    before, trainer = Trainer(config), Trainer(config)
+    trainer.load_state(saved(tmp_path / "r"))
+    own = "left.head" if method == "adapters" else "theta.deviation_head/weight"
+    for name in ("networks", "targets"):
+        old, new = (
+            dict(getattr(some.learner, name)["actor"].named_parameters())[own]
+            for some in (before, trainer)
+        )
+        assert (new != old).flatten(1).any(1).all()
+
+
 BAD = {
     "replay smaller than a batch": (
         {"matd3": {"replay_frames": 9}},
@@ -398,6 +460,10 @@ BAD = {
         {"method": "hypermarl-coupled"},
         "`method` must make parameters that hold for all observations, with --algorithm matd3",
     ),
+    "diversity of squashed policies": (
+        {"method": "dico", "dico": {"snd": 0.5}},
+        "`dico.snd` must be 0 or left out with continuous actions and --algorithm matd3",
+    ),
     "only warm-up": ({"frames": 24}, "`frames` must be above the 24 of matd3.warmup_frames"),
     "world state": ({"critic_input": "state"}, "`critic_input` must be observations: vmas"),
 }
@@ -409,3 +475,50 @@ def test_bad_settings_are_told_in_one_line(case):
     with pytest.raises(UsageError, match=f"^{re.escape(said)}") as error:
         Trainer(config_of(**settings))
     assert "\n" not in str(error.value)
+
+
+LEARNED = {  # settings, and by how much the return is above that of actions at random
+    "vmas/navigation": (
+        {
+            "method": "hypermarl",
+            "agents": 2,
+            "copies": 32,
+            "steps": 16,
+            "frames": 61_440,
+            "matd3": {"batch_size": 256, "warmup_frames": 5120},
+        },
+        1,
+    ),
+    "mamujoco/halfcheetah-2x3": (
+        {
+            "method": "fups-id",
+            "env_args": {"agent_obsk": None},
+            "copies": 8,
+            "steps": 10,
+            "frames": 60_000,
+            "network": {"hidden": [128, 128], "activation": "relu"},
+            "matd3": {"batch_size": 256, "warmup_frames": 5000},
+        },
+        200,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", LEARNED)
+def test_a_task_is_learned(env):
+    """In a few minutes: docs/off-policy.md has what the same comes to on the command line."""
+    settings, gain = LEARNED[env]
+    common = {"algorithm": "matd3", "env": env, "diagnostics": "off"}
+    trainer = Trainer(TrainConfig.model_validate(common | settings))
+    args = settings.get("env_args", {})
+    at_random = play_episodes(
+        make_env(env, copies=32, agents=2, seed=1, args=args),
+        trainer.learner._warm_up,
+        fixed_parameters(trainer.actor),
+        random=torch.Generator().manual_seed(1),
+    ).quantities()
+    for _ in range(trainer.config.updates):
+        trainer._next_update()
+    learned = evaluate(trainer, episodes=32, seed=1).metrics
+    assert learned.evaluation_return_low > at_random["evaluation_return_high"].values + gain

@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, Normal
 from torch.func import vmap
+from turns_game import use_turns
 
 from gradlab import diversity
 from gradlab.checks import UsageError
 from gradlab.cli import run as main
 from gradlab.run import open_run
-from trainers import loop
 from trainers.config import TrainConfig
 from trainers.envs import make_env
-from trainers.envs.matrix_games import MatrixGame
 from trainers.envs.vector_env import Box
 from trainers.evaluation import evaluate
 from trainers.loop import Trainer
@@ -234,20 +233,8 @@ def test_evaluation_acts_within_the_agents_own_spaces(case, deterministic):
     torch.testing.assert_close(log_prob, again)
 
 
-class Turns(MatrixGame):
-    """A game in which each agent may take another half of the actions at each step."""
-
-    def action_mask(self):
-        numbers = torch.arange(self.spec.action_space.n)
-        agents = torch.arange(self.spec.agents)[:, None]
-        return ((numbers + agents + self._time) % 2 == 0)[:, None].expand(-1, self.copies, -1)
-
-
 def test_actions_that_are_not_available_at_a_step_are_not_taken(tmp_path, monkeypatch):
-    def make(name, *, copies, agents, seed, args, info):  # noqa: ARG001
-        return Turns(name, copies=copies, agents=agents, args=args)
-
-    monkeypatch.setattr(loop, "make_env", make)
+    use_turns(monkeypatch)
     settings = SMALL | {"env": "specialisation-temporal", "agents": 4, "method": "fups-id"}
     config = TrainConfig.model_validate(settings)
     assert train_run(config, tmp_path / "r")
