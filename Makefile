@@ -12,8 +12,9 @@ demo: $(VENV)/.installed  ## train three methods with diagnostics, compare their
 test: $(VENV)/.installed browser rendering  ## all tests but the slow ones
 	$(BIN)/pytest -q -n auto --dist loadgroup -m "not slow"
 
-test-all: $(VENV)/.installed browser rendering
-	$(BIN)/pytest -q -n auto --dist loadgroup
+test-all: $(VENV)/.installed browser rendering  ## all tests, with every array's shape checked in every call
+	$(BIN)/pytest -q -n auto --dist loadgroup \
+		--jaxtyping-packages=gradlab,trainers,analyses,dashboards,beartype.beartype
 
 check: $(VENV)/.installed  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from urllib.parse import parse_qsl
 
 from dash import ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
-from flask import Flask, Response, abort
+from flask import Flask, Response, abort, request
 from plotly.offline import get_plotlyjs
 
 from dashboards.live.runs import RunIndex
@@ -84,7 +84,7 @@ def make_app(index: RunIndex) -> Dash:
     app.layout = html.Div([
         dcc.Location(id="address", refresh=False),
         # No dcc.Interval: it would ask again while an answer is on its way, which Dash then drops.
-        *(dcc.Store(id=name) for name in ("clock", "said", "stamp", "ask", "answer", "drawn")),
+        *(dcc.Store(id=name) for name in ("clock", "said", "stamp")),
     ])
     desk = _Desk(index)
     app.callback(
@@ -93,15 +93,18 @@ def make_app(index: RunIndex) -> Dash:
         Input("address", "search"),
         State("stamp", "data"),
     )(desk.say)
-    app.callback(Output("answer", "data"), Input("ask", "data"), State("address", "search"))(
-        desk.answer
-    )
     app.clientside_callback(
         ClientsideFunction("gradlab", "content"), Output("stamp", "data"), Input("said", "data")
     )
-    app.clientside_callback(
-        ClientsideFunction("gradlab", "answer"), Output("drawn", "data"), Input("answer", "data")
-    )
+
+    # No callback: on its way through Dash an answer takes as long as its figures take to draw.
+    @server.post("/figures")
+    def figures() -> Response:
+        texts = desk.figures(request.get_json(silent=True))
+        if texts is None:
+            abort(400)
+        return Response("\n".join(texts), mimetype="application/x-ndjson")
+
     return app
 
 
@@ -150,18 +153,18 @@ class _Desk:
             text = "These runs could not be shown: see what the server printed."
         return _said(stamp, _digest(text), lambda: {"error": text})
 
-    def answer(self, ask: object, search: object) -> Any:  # noqa: ANN401
-        """The parts of figures that the browser asks for."""
-        if not isinstance(ask, dict) or not isinstance(search, str):
-            return no_update
-        query, parts = ask.get("query"), ask.get("parts")
-        if not isinstance(query, str) or not _are_parts(parts):
-            return no_update
+    def figures(self, asked: object) -> list[str] | None:
+        """The parts of figures that the browser asks for, or None if that is no question."""
+        if not isinstance(asked, dict):
+            return None
+        search, query, parts = (asked.get(name) for name in ("search", "query", "parts"))
+        if not isinstance(search, str) or not isinstance(query, str) or not _are_parts(parts):
+            return None
         try:
             watched = self._watched(_names(search))
         except UsageError:
-            return {"id": ask.get("id"), "figures": ["null"] * len(parts)}
-        return {"id": ask.get("id"), "figures": watched.figures(query, parts)}
+            return ["null"] * len(parts)
+        return watched.figures(query, parts)
 
     def _watched(self, names: tuple[str, ...]) -> Watched:
         with self._lock:

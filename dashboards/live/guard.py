@@ -15,8 +15,8 @@ Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 LARGEST_BODY = 65_536  # bytes; what the page asks for takes a few hundred
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
-_UPDATE = "/_dash-update-component"
-_PAGES = ("/", "/_dash-layout", "/_dash-dependencies", "/_favicon.ico", _UPDATE)
+_QUESTIONS = ("/_dash-update-component", "/figures")
+_PAGES = ("/", "/_dash-layout", "/_dash-dependencies", "/_favicon.ico", *_QUESTIONS)
 _FOLDERS = ("/_dash-component-suites/", "/files/")
 
 
@@ -80,7 +80,7 @@ class Guard:
         host = environ.get("HTTP_HOST", "")
         if not self._is_ours(host):
             return HTTPStatus.FORBIDDEN, "This server is not called by that name."
-        if method not in {"GET", "HEAD", "POST"} or (method == "POST") != (path == _UPDATE):
+        if method not in {"GET", "HEAD", "POST"} or (method == "POST") != (path in _QUESTIONS):
             return HTTPStatus.METHOD_NOT_ALLOWED, "This server only shows."
         origin = environ.get("HTTP_ORIGIN")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():

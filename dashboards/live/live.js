@@ -39,8 +39,8 @@
     const latest = new Map(); // part -> the entry that came last, to tell what has changed
     const wanted = new Map(); // part -> {panel, number, promise, resolve}
     let flying = null; // one question at a time: what was passed over meanwhile is not asked for
-    let asked = 0;
     let entries = 0;
+    let age = 0; // how often a run has changed
     let chosen = null;
 
     const place = (panel, number) => `${panel.name}\u001f${number}`;
@@ -58,15 +58,52 @@
       return wanted.get(at).promise;
     }
 
-    function ask() {
+    async function ask() {
       if (flying || !wanted.size) return;
       flying = new Map(wanted);
       wanted.clear();
       for (const entry of flying.values()) entry.key = keyOf(entry.panel, entry.number);
       const query = new URLSearchParams(Object.entries(chosen).filter(([, value]) => value !== "")).toString();
-      asked += 1;
       const parts = [...flying.values()].map((entry) => [entry.panel.name, entry.number]);
-      window.dash_clientside.set_props("ask", { data: { id: asked, query, parts } });
+      const asked = age;
+      const texts = await answer(JSON.stringify({ search: location.search, query, parts }));
+      if (asked === age) keep([...flying], texts);
+      const done = flying;
+      flying = null;
+      for (const entry of done.values()) entry.resolve();
+      ask();
+    }
+
+    // Asks until there is an answer: the page says when the server is silent.
+    async function answer(body) {
+      for (;;) {
+        try {
+          const said = await fetch("/figures", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+          if (said.ok) return (await said.text()).split("\n");
+        } catch {
+          // out of reach
+        }
+        await new Promise((resolve) => setTimeout(resolve, PAUSE));
+      }
+    }
+
+    function keep(asked, texts) {
+      asked.forEach(([at, entry], i) => {
+        const text = texts[i];
+        const before = latest.get(at);
+        if (!before || before.text !== text) {
+          const parsed = JSON.parse(text);
+          entries += 1;
+          if (parsed && before) share(parsed.figure, before.figure());
+          latest.set(at, {
+            text,
+            key: entries,
+            update: parsed ? parsed.update : null,
+            figure: () => (parsed ? parsed.figure : null),
+          });
+        }
+        kept.set(entry.key, latest.get(at));
+      });
     }
 
     return {
@@ -81,38 +118,11 @@
         }
         return keys.map((key) => kept.get(key));
       },
-      answered(answer) {
-        if (!flying || answer.id !== asked) return;
-        const done = flying;
-        flying = null;
-        [...done].forEach(([at, entry], i) => {
-          const text = answer.figures[i];
-          const before = latest.get(at);
-          if (!before || before.text !== text) {
-            const parsed = JSON.parse(text);
-            entries += 1;
-            if (parsed && before) share(parsed.figure, before.figure());
-            latest.set(at, {
-              text,
-              key: entries,
-              update: parsed ? parsed.update : null,
-              figure: () => (parsed ? parsed.figure : null),
-            });
-          }
-          kept.set(entry.key, latest.get(at));
-        });
-        for (const entry of done.values()) entry.resolve();
-        queueMicrotask(ask);
-      },
       forget() {
         kept.clear();
+        age += 1;
       },
       drawing: plotly,
-      askAgain() {
-        if (flying) for (const [at, entry] of flying) wanted.set(at, entry);
-        flying = null;
-        ask();
-      },
     };
   }
 
@@ -373,16 +383,11 @@
   window.dash_clientside.gradlab = {
     content(said) {
       if (!said) return window.dash_clientside.no_update;
-      if (heard !== null && Date.now() - heard > SILENCE && source) source.askAgain();
       heard = Date.now();
       byId("silent").hidden = true;
       setTimeout(ask, PAUSE);
       if (said.content) loaded.then(() => show(said.content));
       return said.stamp;
-    },
-    answer(said) {
-      if (said && source) source.answered(said);
-      return window.dash_clientside.no_update;
     },
   };
   setInterval(missed, 1000);

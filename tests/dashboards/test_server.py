@@ -306,7 +306,7 @@ def test_new_updates_appear_at_once_and_the_trainers_death_is_shown(folder, open
     finally:
         trainer.kill()
         trainer.communicate()
-        # Moved and not deleted: the server may be reading it, which makes files beside the database.
+        # Not deleted: the server may be reading it, which makes files beside the database.
         (folder / "live").rename(tmp_path / "live")
 
 
@@ -339,13 +339,13 @@ def ask(address, method="GET", path="/", body=None, **headers):
 def test_strangers_are_refused(address):
     host = urlsplit(address).netloc
     own = {"Content_Type": "application/json", "Origin": f"http://{host}"}
-    post = "/_dash-update-component"
     assert ask(address)[0] == 200
     assert ask(address, Host="evil.example")[0] == 403
-    assert ask(address, "POST", post, "{}", **own | {"Origin": "http://evil.example"})[0] == 403
-    assert ask(address, "POST", post, "{}", **own | {"Sec_Fetch_Site": "cross-site"})[0] == 403
-    assert ask(address, "DELETE", post)[0] == 405
-    assert ask(address, "POST", post, "x" * 70_000, **own)[0] == 413
+    for post in ("/_dash-update-component", "/figures"):
+        assert ask(address, "POST", post, "{}", **own | {"Origin": "http://evil.example"})[0] == 403
+        assert ask(address, "POST", post, "{}", **own | {"Sec_Fetch_Site": "cross-site"})[0] == 403
+        assert ask(address, "DELETE", post)[0] == 405
+        assert ask(address, "POST", post, "x" * 70_000, **own)[0] == 413
     for path in (
         "/../../etc/passwd",
         "//etc/passwd",
@@ -358,38 +358,24 @@ def test_strangers_are_refused(address):
         assert str(ROOT) not in body
 
 
-def question(output, inputs, state):
-    def named(values):
-        return [{"id": i, "property": p, "value": v} for i, p, v in values]
-
-    return json.dumps({
-        "output": output,
-        "outputs": dict(zip(("id", "property"), output.split("."), strict=True)),
-        "inputs": named(inputs),
-        "changedPropIds": [f"{inputs[0][0]}.{inputs[0][1]}"],
-        "state": named(state),
-    })
-
-
 def test_nonsense_is_answered_with_nothing(address):
-    def answered(ask_for, search):
-        body = question("answer.data", [("ask", "data", ask_for)], [("address", "search", search)])
-        status, text, _ = ask(
-            address, "POST", "/_dash-update-component", body, Content_Type="application/json"
-        )
-        assert status in {200, 204}
-        said = json.loads(text)["response"] if text else {}
-        return said["answer"]["data"] if said else None
+    def answered(question):
+        body = json.dumps(question)
+        status, text, _ = ask(address, "POST", "/figures", body, Content_Type="application/json")
+        assert status in {200, 400}
+        return [json.loads(line) for line in text.splitlines()] if status == 200 else None
 
-    good = {"id": 1, "query": "", "parts": [["returns", 0]]}
-    data = answered(good, runs("fups"))
-    assert json.loads(data["figures"][0])["figure"]["data"]
+    good = {"search": runs("fups"), "query": "", "parts": [["returns", 0]]}
+    assert answered(good)[0]["figure"]["data"]
     for search in (runs("../fups"), "", "?runs=" + quote("/etc/passwd"), "?" + "runs=a&" * 500):
-        assert answered(good, search) == {"id": 1, "figures": ["null"]}
+        assert answered(good | {"search": search}) == [None]
     odd = [["__class__", 0], ["returns", 10**9], ["returns", -1]]
-    assert answered(good | {"parts": odd}, runs("fups"))["figures"] == ["null"] * 3
-    for bad in ({}, 7, good | {"parts": [[0]]}, good | {"query": 1}, good | {"parts": "x"}):
-        assert answered(bad, runs("fups")) is None
+    assert answered(good | {"parts": odd}) == [None] * 3
+    wrong = ({"query": 1}, {"parts": "x"}, {"parts": [[0]]}, {"search": None})
+    for bad in ({}, 7, *(good | one for one in wrong)):
+        assert answered(bad) is None
+    assert ask(address, "POST", "/figures", "{", Content_Type="application/json")[0] == 400
+    assert ask(address, "POST", "/figures", "no JSON")[0] == 400
 
 
 @pytest.mark.slow

@@ -55,9 +55,10 @@ def test_only_reading_is_answered(guard, method, path):
 
 
 def test_only_questions_are_posted(guard):
-    assert ask(guard, **POST)[0] == 200
+    for question in (POST, POST | {"PATH_INFO": "/figures"}):
+        assert ask(guard, **question)[0] == 200
+        assert ask(guard, **question | {"REQUEST_METHOD": "GET"})[0] == 405
     assert ask(guard, **POST | {"PATH_INFO": "/"})[0] == 405
-    assert ask(guard, **POST | {"REQUEST_METHOD": "GET"})[0] == 405
 
 
 @pytest.mark.parametrize(

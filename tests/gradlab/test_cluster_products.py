@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from cases import AGENTS, DECOUPLED, case
+from selection import slow_but
 from synthetic import products_of
 from test_factorisation import oracle
 
@@ -38,8 +39,14 @@ def agrees(found, per_sample, layout, exist=None):
 @pytest.mark.parametrize("budget", [1, 2**22], ids=["stretches", "whole"])
 @pytest.mark.parametrize(
     ("method", "surrogate"),
-    [(method, "ppo-discrete") for method in DECOUPLED]
-    + [(method, "value-recurrent") for method in ("hypermarl", "fups-id", "nops")],
+    slow_but(
+        [(method, "ppo-discrete") for method in DECOUPLED]
+        + [(method, "value-recurrent") for method in ("hypermarl", "fups-id", "nops")],
+        ("hypermarl", "ppo-discrete"),
+        ("nops", "ppo-discrete"),
+        ("adapters", "ppo-discrete"),
+        ("fups-id", "value-recurrent"),
+    ),
 )
 def test_products_equal_dense_ones(method, surrogate, budget):
     c = case(method, surrogate)

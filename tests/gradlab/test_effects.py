@@ -5,6 +5,7 @@ import pytest
 import torch
 from cases import AGENTS, DECOUPLED, case
 from scipy.spatial.distance import pdist
+from selection import covering
 from torch.func import functional_call
 
 from gradlab.effects import Behaviour, measure_effects
@@ -98,8 +99,7 @@ def transference_by_hand(c, generator, weights):
     return torch.stack(changes)
 
 
-@pytest.mark.parametrize("preconditioned", [False, True])
-@pytest.mark.parametrize("method", DECOUPLED)
+@pytest.mark.parametrize(("method", "preconditioned"), covering(DECOUPLED, [False, True]))
 def test_transference_is_of_halves_by_copy_in_float64(method, preconditioned):
     setting = Setting(method)
     optimiser = setting.optimiser(3)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from cases import AGENTS, DECOUPLED, SAMPLES, case
+from selection import covering
 from torch import nn
 from torch.func import functional_call
 
@@ -72,8 +73,10 @@ def assert_equals(found, expected):
 
 
 @pytest.mark.parametrize("budget", [1, 2**25], ids=["parts", "whole"])
-@pytest.mark.parametrize("surrogate", ["ppo-discrete", "ppo-continuous", "value-clipped"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "surrogate"),
+    covering(METHODS, ["ppo-discrete", "ppo-continuous", "value-clipped"]),
+)
 def test_transference_equals_loops_and_plain_backward_passes(method, surrogate, budget):
     c = case(method, surrogate)
     batch, held_out = halves(c)

@@ -5,6 +5,7 @@ import torch
 from cases import DECOUPLED, SURROGATES, case
 from reference import moments as reference_moments
 from reference import theta_gradients
+from selection import covering
 from torch.nn import functional
 
 from gradlab.engine.accumulate import gradient_moments
@@ -38,8 +39,7 @@ def with_loops(method, surrogate):
     ids=["whole", "parts", "parts masked"],
 )
 @pytest.mark.parametrize("engine", ["auto", "general"])
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("method", DECOUPLED)
+@pytest.mark.parametrize(("method", "surrogate"), covering(DECOUPLED, SURROGATES))
 def test_engine_equals_a_loop_over_samples(method, surrogate, engine, budget, mask):
     c, theta, gradients = with_loops(method, surrogate)
     if mask is not None:
