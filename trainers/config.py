@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -12,6 +12,8 @@ NONE = "none"
 """The name of an aggregator that stands for there being none."""
 CRITICS = {"dico": "nops"}
 """Sharing schemes of policies alone, and what the critics have with them unless told otherwise."""
+USUAL = {"happo": {"method": "nops", "critic_method": "fups", "reward": "team"}}
+"""Defaults that are an algorithm's own, by algorithm."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -49,10 +51,11 @@ class OnPolicyConfig(_Section):
 
 
 class PPOConfig(OnPolicyConfig):
-    """Proximal policy optimisation (Schulman et al., 2017): `--algorithm ippo` and `mappo`.
+    """Proximal policy optimisation (Schulman et al., 2017): `--algorithm ippo`, `mappo`, `happo`.
 
     Attributes:
-        normalises_advantages: Whether advantages are normalised over each minibatch.
+        normalises_advantages: Whether advantages are normalised: over each minibatch, in `happo`
+            over the rollout.
     """
 
     normalises_advantages: ClassVar[bool] = True
@@ -256,23 +259,24 @@ class TrainConfig(SharingConfig):
         None,
         description="settings of a scenario of the paper, beneath all others; list prints them",
     )
-    method: str = Field("hypermarl", description="sharing scheme")
+    method: str = Field("hypermarl", description="sharing scheme (nops with happo)")
     actor_method: str | None = Field(
         None, description="sharing scheme of the actors (default: --method)"
     )
     critic_method: str | None = Field(
         None, description="sharing scheme of the critics (default: --method; nops with dico)"
     )
-    algorithm: Literal["ippo", "mappo", "a2c", "matd3"] = Field(
+    algorithm: Literal["ippo", "mappo", "happo", "a2c", "matd3"] = Field(
         "ippo",
         description="ippo: PPO whose critics read their agent's own observation; mappo: that of "
-        "all agents; a2c: advantage actor-critic, one step on each rollout, critics as in ippo; "
-        "matd3: off-policy, critics read all agents' observations and actions",
+        "all agents; happo: as mappo, one agent after the other, each with what the agents before "
+        "it have changed; a2c: advantage actor-critic, one step on each rollout, critics as in "
+        "ippo; matd3: off-policy, critics read all agents' observations and actions",
     )
     critic_input: Literal["observations", "state"] = Field(
         "observations",
-        description="what mappo's and matd3's critics read: observations, those of all agents; "
-        "state: the environment's own world state, if it has one (smax, mamujoco)",
+        description="what mappo's, happo's and matd3's critics read: observations, those of all "
+        "agents; state: the environment's own world state, if it has one (smax, mamujoco)",
     )
     env: str = Field("specialisation", description="environment")
     env_args: dict[str, JsonValue] = Field(
@@ -287,7 +291,7 @@ class TrainConfig(SharingConfig):
     reward: Literal["agent", "team"] = Field(
         "agent",
         description="what agents learn from. agent: each its own reward; team: all the mean of all "
-        "agents' rewards",
+        "agents' rewards, as always in happo",
     )
     frames: PositiveInt = Field(
         150_000, description="environment steps, summed over copies; one frame moves all agents"
@@ -338,6 +342,11 @@ class TrainConfig(SharingConfig):
     normalise: NormaliseConfig = Field(default_factory=NormaliseConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_usual(cls, given: Any) -> Any:  # noqa: ANN401 -- unchecked as yet
+        return with_usual(given) if isinstance(given, Mapping) else given
+
     @property
     def methods(self) -> dict[str, str]:
         """Sharing scheme of each network."""
@@ -381,6 +390,20 @@ class TrainConfig(SharingConfig):
     def effects_period(self) -> int:
         """Number of updates from one record of coupling, transference and so on to the next."""
         return self.effects_every or 5 * self.every
+
+
+def with_usual(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay the algorithm's own defaults beneath settings that are given.
+
+    Args:
+        given: Nested settings, unchecked.
+
+    Returns:
+        Nested settings, unchecked.
+    """
+    algorithm = given.get("algorithm")
+    usual = USUAL.get(algorithm, {}) if isinstance(algorithm, str) else {}
+    return {**usual, **given}
 
 
 def differing_settings(

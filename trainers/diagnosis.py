@@ -16,7 +16,7 @@ from trainers.generators.generator import Generator
 from trainers.policies import Policy
 from trainers.ppo import normalise
 from trainers.rollout import Rollout
-from trainers.samples import exist, of_network
+from trainers.samples import READ, exist, of_network
 
 DIAGNOSED_SAMPLES: dict[Level, int] = {"off": 1, "light": 128, "full": 512}
 """Samples of each agent that a diagnosis looks at by default, for each update since the last.
@@ -27,11 +27,6 @@ more.
 
 SHARED_OBSERVATIONS = 512
 """Observations on which the agents' behaviour is compared, at most."""
-
-_READ = {
-    "actor": ("observation", "action", "action_mask", "log_prob", "advantage"),
-    "critic": ("observation", "world_state", "value", "target"),
-}
 
 
 class Diagnosis:
@@ -129,7 +124,7 @@ class Diagnosis:
             network: {
                 name: tensor
                 for name, tensor in of_network(samples, network).items()
-                if name in (*_READ[network], "memory", "starts", "active")
+                if name in (*READ[network], "memory", "starts", "active")
             }
             for network in self.probe.networks
         }

@@ -27,6 +27,7 @@ from trainers.envs.vector_env import (
 )
 from trainers.episodes import Episodes, Watch, play_episodes
 from trainers.finite import NotFinite
+from trainers.happo import HAPPO
 from trainers.learner import Learner
 from trainers.matd3 import MATD3
 from trainers.on_policy import OnPolicy
@@ -35,6 +36,15 @@ from trainers.samples import of_network
 
 Progress = Callable[[int, float], None]
 """Called before the first update and after each, with frames done and the last mean return."""
+
+LEARNERS: dict[str, Callable[[TrainConfig, VectorEnv, torch.Generator], Learner]] = {
+    "ippo": OnPolicy,
+    "mappo": OnPolicy,
+    "happo": HAPPO,
+    "a2c": OnPolicy,
+    "matd3": MATD3,
+}
+"""What makes each algorithm."""
 
 
 class Trainer:
@@ -62,8 +72,7 @@ class Trainer:
         self.spec: EnvSpec = env.spec
         if not config.pad:
             check_equal_spaces(self.spec)
-        learner = MATD3 if config.algorithm == "matd3" else OnPolicy
-        self.learner: Learner = learner(config, env, self.random)
+        self.learner: Learner = LEARNERS[config.algorithm](config, env, self.random)
         self.collector, self.policy = self.learner.collector, self.learner.policy
         self.actor, self.critic = (self.learner.networks[name] for name in ("actor", "critic"))
         self.diagnosis = self.learner.diagnosis

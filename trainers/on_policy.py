@@ -1,6 +1,6 @@
 """PPO and A2C: each rollout is learned from, and forgotten."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from gradlab.probe import Network
 from gradlab.quantity import Quantity
 from trainers.acting import fixed_parameters
-from trainers.config import TrainConfig
+from trainers.config import OnPolicyConfig, TrainConfig
 from trainers.critic_input import critic_source, make_critic_input
 from trainers.diagnosis import Diagnosis
 from trainers.envs.vector_env import VectorEnv
@@ -20,7 +20,7 @@ from trainers.networks import make_network
 from trainers.policies import make_policy
 from trainers.ppo import policy_loss, value_loss
 from trainers.rollout import Rollout, make_collector
-from trainers.update import Updater, check_minibatches
+from trainers.update import Actor, Critic, Updater, check_minibatches
 from trainers.values import Critics
 
 
@@ -30,7 +30,12 @@ class OnPolicy(Learner):
     Attributes:
         policy_loss: What the policies minimise.
         value_loss: What the value functions minimise.
+        actor: The policies, as they are trained.
+        critic: The value functions, as they are trained.
+        updater: Trains both.
     """
+
+    updater: Updater
 
     def __init__(self, config: TrainConfig, env: VectorEnv, random: RandomGenerator) -> None:
         """Draw networks, and start every copy of the environment.
@@ -63,15 +68,13 @@ class OnPolicy(Learner):
         critic = generator_of(config, "critic", value, spec, random)
         self.networks = {"actor": actor, "critic": critic}
         self.policy = replace(policy, network=actor.mlp)
-        self.optimiser = torch.optim.Adam(
-            [*actor.parameters(), *critic.parameters()],
-            lr=config.on_policy.learning_rate,
-            eps=config.on_policy.adam_epsilon,
-            fused=True,
-        )
         self.policy_loss = policy_loss(self.policy, config.on_policy)
         self.value_loss = value_loss(critic.mlp, config.on_policy)
         self._entropy_coefficient = self.policy_loss.entropy_coefficient
+        self.aggregations = aggregations_of(config, self.networks)
+        self.actor = Actor(generator=actor, loss=self.policy_loss)
+        self.critic = Critic(generator=critic, loss=self.value_loss, input=self._critic_input)
+        self.prepare()
         diagnosed = {
             "actor": Network(generator=actor, surrogate=self.policy_loss),
             "critic": Network(generator=critic, surrogate=self.value_loss),
@@ -79,16 +82,21 @@ class OnPolicy(Learner):
         self.diagnosis = Diagnosis(
             config, diagnosed, self.policy, self._critic_input, self.optimiser
         )
-        self.aggregations = aggregations_of(config, self.networks)
+        self.findings = []
+
+    def prepare(self) -> None:
+        """Make what trains the networks, and its optimiser, which has seen nothing yet."""
+        trained = (self.actor, self.critic)
+        self.optimiser = adam(
+            [p for part in trained for p in part.generator.parameters()], self._config.on_policy
+        )
         self.updater = Updater(
-            config.on_policy,
-            (actor, critic),
-            (self.policy_loss, self.value_loss),
-            self._critic_input,
+            self._config.on_policy,
+            trained,
             self.optimiser,
             self.aggregations,
+            normalises=self._config.on_policy.normalises_advantages,
         )
-        self.findings = []
 
     def begin(self, left: float) -> None:
         """See `Learner.begin`."""
@@ -119,3 +127,18 @@ class OnPolicy(Learner):
         found = self.updater(samples, random)
         self.findings = self.updater.findings
         return found
+
+
+def adam(parameters: Sequence[Tensor], config: OnPolicyConfig) -> torch.optim.Adam:
+    """Make the optimiser that is configured.
+
+    Args:
+        parameters: What it trains.
+        config: Step size and epsilon.
+
+    Returns:
+        The optimiser.
+    """
+    return torch.optim.Adam(
+        parameters, lr=config.learning_rate, eps=config.adam_epsilon, fused=True
+    )

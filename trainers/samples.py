@@ -15,6 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+READ = {
+    "actor": ("observation", "action", "action_mask", "log_prob", "advantage"),
+    "critic": ("observation", "world_state", "value", "target"),
+}
+"""What each network's loss may read of every sample, beside its `memory`, `starts` and `active`."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weights:

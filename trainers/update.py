@@ -1,7 +1,10 @@
 """One update: passes over a rollout in minibatches."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Generator as RandomGenerator
@@ -16,12 +19,111 @@ from trainers.finite import check_gradient, finite_mean
 from trainers.generators.generator import Generator
 from trainers.parameters import AgentParameters, Parameters
 from trainers.ppo import PolicyLoss, Surrogate, normalise
-from trainers.samples import Weights, exist, of_network, of_samples
+from trainers.samples import READ, Weights, exist, of_network, of_samples
 
 ROWS = 4096
 """Samples (of recurrent networks segments) of all agents together that go through at once."""
 
 _OF_LAST_PASS = "mean over agents and samples of the last pass, each before its minibatch's step"
+_NUMBERS = {
+    "policy_loss": ("loss", "mean over the minibatches of all passes"),
+    "value_loss": ("loss", "mean over the minibatches of all passes"),
+    "approximate_kl": ("nats", f"(r - 1) - log r; {_OF_LAST_PASS}"),
+    "clip_fraction": ("1", f"|r - 1| > clip; {_OF_LAST_PASS}"),
+    "epochs_done": ("passes", "mean over agents, if they are updated apart; else exact"),
+}
+_LOSSES = ("policy_loss", "value_loss")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part(ABC):
+    """A network that is trained.
+
+    Attributes:
+        generator: Makes its parameters.
+        first: Number of the first agent that it makes them for.
+        network: "actor" or "critic".
+        loss_name: What its loss is called.
+    """
+
+    generator: Generator
+    first: int = 0
+    network: ClassVar[str]
+    loss_name: ClassVar[str]
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the samples that it reads."""
+        return frozenset((*READ[self.network], "starts", "active", f"{self.network}_memory"))
+
+    @abstractmethod
+    def losses(
+        self, parameters: Parameters, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each sample's loss, and what is told beside it.
+
+        Args:
+            parameters: What the generator makes.
+            batch: Samples [agent, sample, ...] by name.
+
+        Returns:
+            The losses, and numbers of each sample by name, without a gradient.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Actor(Part):
+    """Policies.
+
+    Attributes:
+        loss: What they minimise.
+    """
+
+    loss: PolicyLoss
+    network: ClassVar[str] = "actor"
+    loss_name: ClassVar[str] = "policy_loss"
+
+    def losses(
+        self, parameters: Parameters, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Part.losses`; with a clip range how far the policies have moved."""
+        losses, log_ratio = self.loss.with_log_ratio(
+            parameters.of(batch["observation"]), of_network(batch, "actor")
+        )
+        if self.loss.clip is None:
+            return losses, {}
+        log_ratio = log_ratio.detach()
+        change = log_ratio.expm1()  # r - 1
+        out = (change.abs() > self.loss.clip).double()
+        return losses, {
+            "approximate_kl": of_samples(change - log_ratio, batch),
+            "clip_fraction": of_samples(out, batch),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Critic(Part):
+    """Value functions.
+
+    Attributes:
+        loss: What they minimise.
+        input: What they read of the observations, or world states.
+    """
+
+    loss: Surrogate
+    input: CriticInput
+    network: ClassVar[str] = "critic"
+    loss_name: ClassVar[str] = "value_loss"
+
+    def losses(
+        self, parameters: Parameters, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Part.losses`."""
+        read = self.input(batch[critic_source(batch)])
+        theta = parameters.of(read)
+        if "starts" not in batch:  # memories are each agent's own
+            read = read_once(read, theta)
+        return self.loss(theta, of_network({**batch, "observation": read}, "critic")), {}
 
 
 class Updater:
@@ -38,29 +140,28 @@ class Updater:
     def __init__(
         self,
         config: PPOConfig | A2CConfig,
-        networks: tuple[Generator, Generator],
-        losses: tuple[PolicyLoss, Surrogate],
-        critic_input: CriticInput,
+        parts: Sequence[Part],
         optimiser: torch.optim.Optimizer,
         aggregations: Mapping[str, Aggregation] | None = None,
+        *,
+        normalises: bool = False,
     ) -> None:
         """Train nothing yet.
 
         Args:
             config: Epochs, minibatches and the like.
-            networks: Generators of the policies and of the value functions.
-            losses: What they minimise.
-            critic_input: What the value functions read of the observations, or world states.
-            optimiser: Of the parameters of both.
+            parts: What is trained, step by step together.
+            optimiser: Of the parameters of all of it.
             aggregations: By network what makes one gradient of its agents'; None: their sum.
+            normalises: Whether advantages are normalised over each minibatch.
         """
         self.findings: list[str] = []
         self._config = config
-        self._actor, self._critic = networks
-        self._policy_loss, self._value_loss = losses
-        self._critic_input = critic_input
+        self._parts = parts
         self._optimiser = optimiser
         self._aggregations = aggregations or {}
+        self._normalises = normalises
+        self._reads = frozenset().union(*(part.reads for part in parts))
 
     def __call__(
         self, samples: Mapping[str, Tensor], random: RandomGenerator
@@ -68,48 +169,55 @@ class Updater:
         """Train.
 
         Args:
-            samples: Tensors [agent, sample, ...] by name: `observation`, `action`, `log_prob`,
-                `value`, `advantage`, `target`, and what `trainers.samples` says.
+            samples: As for `passes`.
             random: Shuffles the samples, those of all agents alike.
 
         Returns:
-            `policy_loss` and `value_loss`, means over minibatches; what came of an aggregation; and
-            of PPO `approximate_kl` from the policy that collected, as Schulman's estimator k3
-            ("Approximating KL divergence", 2020), and `clip_fraction`, the share of samples whose
-            ratio is out of the clip range, both of the last pass, and `epochs_done`.
+            What `passes` does, and what came of an aggregation.
+
+        Raises:
+            NotFinite: If a loss or a gradient is not finite. No step was made with it.
+        """
+        return recorded(self.passes(samples, random)) | self._accounts()
+
+    def passes(self, samples: Mapping[str, Tensor], random: RandomGenerator) -> dict[str, float]:
+        """Train.
+
+        Args:
+            samples: Tensors [agent, sample, ...] by name: `observation`, `action`, `log_prob`,
+                `value`, `advantage`, `target`, and what `trainers.samples` says; those that the
+                parts read.
+            random: Shuffles the samples, those of all agents alike.
+
+        Returns:
+            `policy_loss` and `value_loss`, means over minibatches; and of PPO `approximate_kl` from
+            the policy that collected, as Schulman's estimator k3 ("Approximating KL divergence",
+            2020), and `clip_fraction`, the share of samples whose ratio is out of the clip range,
+            both of the last pass, and `epochs_done`.
 
         Raises:
             NotFinite: If a loss or a gradient is not finite. No step was made with it.
         """
         config = self._config
-        sums = {"policy_loss": 0.0, "value_loss": 0.0}
-        kl, clipped, epochs = 0.0, 0.0, 0
+        samples = {name: tensor for name, tensor in samples.items() if name in self._reads}
         weights = Weights.of(exist(samples))
+        sums: dict[str, float] = {}
+        last: dict[str, float] = {}
+        epochs = 0
         while epochs < config.epochs:
-            kl, clipped = 0.0, 0.0
-            order = torch.randperm(samples["advantage"].shape[1], generator=random)
+            last = {}
+            order = torch.randperm(samples["observation"].shape[1], generator=random)
             for part in order.tensor_split(config.minibatches):
-                policy, value, moved, out = self._step(samples, part, weights.part(part), random)
-                sums["policy_loss"] += policy
-                sums["value_loss"] += value
-                kl += moved / config.minibatches
-                clipped += out / config.minibatches
+                for name, value in self._step(samples, part, weights.part(part), random).items():
+                    of = sums if name in _LOSSES else last
+                    of[name] = of.get(name, 0.0) + value
+            last = {name: value / config.minibatches for name, value in last.items()}
             epochs += 1
-            if config.target_kl is not None and kl > config.target_kl:
+            if config.target_kl is not None and last.get("approximate_kl", 0.0) > config.target_kl:
                 break
         steps = epochs * config.minibatches
-        found = {
-            name: Quantity.scalar(total / steps, "loss", "mean over the minibatches of all passes")
-            for name, total in sums.items()
-        }
-        found |= self._accounts()
-        if self._policy_loss.clip is None:
-            return found
-        return found | {
-            "approximate_kl": Quantity.scalar(kl, "nats", f"(r - 1) - log r; {_OF_LAST_PASS}"),
-            "clip_fraction": Quantity.scalar(clipped, "1", f"|r - 1| > clip; {_OF_LAST_PASS}"),
-            "epochs_done": Quantity.scalar(float(epochs), "passes", "exact"),
-        }
+        found = {name: value / steps for name, value in sums.items()} | last
+        return found | ({"epochs_done": float(epochs)} if last else {})
 
     def _accounts(self) -> dict[str, Quantity]:
         """What came of the aggregations, by network."""
@@ -131,61 +239,58 @@ class Updater:
         part: Tensor,
         weigh: Weights,
         random: RandomGenerator,
-    ) -> tuple[float, float, float, float]:
+    ) -> dict[str, float]:
         """Make one step on some of the samples, which weigh so much; an aggregator may draw.
 
         Returns:
-            Both losses; and, of the policy before the step, approximate KL divergence and share of
-            clipped samples.
+            Losses, and what is told beside them, before the step.
         """
-        config = self._config
-        agents, places = len(samples["advantage"]), len(part)
-        active = samples.get("active")
-        advantage = samples["advantage"].index_select(1, part)
-        if config.normalises_advantages:
+        agents, places = len(samples["observation"]), len(part)
+        samples = dict(samples)
+        if self._normalises:
+            active = samples.get("active")
             advantage = normalise(
-                advantage, None if active is None else active.index_select(1, part)
+                samples.pop("advantage").index_select(1, part),
+                None if active is None else active.index_select(1, part),
             )
         self._optimiser.zero_grad(set_to_none=True)
-        actor = self._parameters("actor", self._actor, random)
-        critic = self._parameters("critic", self._critic, random)
-        found = torch.zeros(4, dtype=torch.float64)
+        trained = [(of, self._parameters(of.network, of.generator, random)) for of in self._parts]
+        found: dict[str, float] = {}
         # Rows enough to multiply fast, few enough that what is kept for the backward pass stays in
         # the processor's cache and in memory that the process has already.
         for chunk in torch.arange(places).split(max(1, ROWS // agents)):
             rows = part[chunk]
             batch = {name: tensor.index_select(1, rows) for name, tensor in samples.items()}
-            batch["advantage"] = advantage[:, chunk]
+            if self._normalises:
+                batch["advantage"] = advantage[:, chunk]
             of_chunk = weigh.part(chunk)
-            losses, log_ratio = self._policy_loss.with_log_ratio(
-                actor.of(batch["observation"]), of_network(batch, "actor")
-            )
-            read = self._critic_input(batch[critic_source(batch)])
-            theta = critic.of(read)
-            if "starts" not in batch:  # memories are each agent's own
-                read = read_once(read, theta)
-            batch["observation"] = read
-            errors = self._value_loss(theta, of_network(batch, "critic"))
             share = len(rows) / places
-            policy = share * finite_mean("policy_loss", of_chunk(losses))
-            value = share * finite_mean("value_loss", of_chunk(errors))
-            torch.autograd.backward([policy, value])
-            log_ratio = log_ratio.detach()
-            change = log_ratio.expm1()  # r - 1
-            out = (change.abs() > (self._policy_loss.clip or torch.inf)).double()
-            found += torch.stack([
-                policy.detach(),
-                value.detach(),
-                share * of_chunk(of_samples(change - log_ratio, batch)).mean(),
-                share * of_chunk(of_samples(out, batch)).mean(),
-            ])
-        actor.backward()
-        critic.backward()
-        check_gradient("actor", self._actor.clip_gradients(config.max_gradient_norm))
-        check_gradient("critic", self._critic.clip_gradients(config.max_gradient_norm))
+            for of, parameters in trained:
+                losses, beside = of.losses(parameters, batch)
+                loss = share * finite_mean(of.loss_name, of_chunk(losses), of.first)
+                loss.backward()
+                told = {of.loss_name: loss.item()}
+                told |= {n: share * of_chunk(values).mean().item() for n, values in beside.items()}
+                for name, value in told.items():
+                    found[name] = found.get(name, 0.0) + value
+        for of, parameters in trained:
+            parameters.backward()
+            norm = of.generator.clip_gradients(self._config.max_gradient_norm)
+            check_gradient(of.network, norm, of.first)
         self._optimiser.step()
-        policy_loss, value_loss, moved, clipped = found.tolist()
-        return policy_loss, value_loss, moved, clipped
+        return found
+
+
+def recorded(numbers: Mapping[str, float]) -> dict[str, Quantity]:
+    """Say what the numbers of passes are.
+
+    Args:
+        numbers: As `Updater.passes` returns them.
+
+    Returns:
+        Quantities by name.
+    """
+    return {name: Quantity.scalar(value, *_NUMBERS[name]) for name, value in numbers.items()}
 
 
 def check_minibatches(

@@ -145,7 +145,7 @@ def test_segments_repeat_what_was_collected(method, algorithm):
         )
         torch.testing.assert_close(log_ratio, torch.zeros_like(log_ratio), rtol=0, atol=1e-5)
         critic = of_network(samples, "critic")
-        critic["observation"] = trainer.learner.updater._critic_input(samples["observation"])
+        critic["observation"] = trainer.learner.critic.input(samples["observation"])
         theta = trainer.critic.policy_for(critic["observation"])
         value = trainer.critic.mlp.forward(theta, trainer.critic.mlp.read(theta, critic)).squeeze(
             -1

@@ -60,6 +60,14 @@ CASES = {
         "agents": 3,
         "matd3": {"warmup_frames": 100, "replay_frames": 200, "batch_size": 16},
     },
+    "sequential": {
+        "algorithm": "happo",
+        "env": "vmas/navigation",
+        "env_args": {"max_steps": 12},
+        "agents": 3,
+        "normalise": {"observations": True, "rewards": True},
+        "ppo": {"anneal_learning_rate": True, "target_kl": 0.01},
+    },
     "options": {
         "method": "hypermarl",
         "algorithm": "mappo",
@@ -91,7 +99,7 @@ def train(folder, settings, *, stop_after=math.inf, tell=unexpected):
     )
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, "game", "vmas", "off-policy"))
+@pytest.mark.parametrize("case", slow_but(CASES, "game", "vmas", "off-policy", "sequential"))
 def test_stopped_and_resumed_run_ends_as_the_uninterrupted_one(tmp_path, case):
     train(tmp_path / "whole", CASES[case])
     train(tmp_path / "parts", CASES[case], stop_after=3)

@@ -75,3 +75,20 @@ class NoPS(Slices):
         for gradient in gradients:
             gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
         return norms
+
+
+class AgentSlice(NoPS):
+    """One agent's network of `NoPS` as a scheme of one agent: whoever trains it trains that.
+
+    The parameters lie in the memory of those that they are a slice of, which must stay where it is.
+    """
+
+    def __init__(self, whole: NoPS, agent: int) -> None:
+        """Take hold of the slice.
+
+        Args:
+            whole: All agents' networks; nothing of them is shared.
+            agent: Whose.
+        """
+        theta = {n: t.detach()[agent : agent + 1] for n, t in whole._by_name().items()}
+        Slices.__init__(self, whole.mlp, 1, theta, whole.own)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from gradlab.checks import UsageError, unknown_name
-from trainers.config import TrainConfig
+from trainers.config import TrainConfig, with_usual
 
 SETTING = "preset"
 """The setting that names a preset."""
@@ -84,7 +84,7 @@ class Preset:
             name: field.get_default(call_default_factory=True)
             for name, field in TrainConfig.model_fields.items()
         }
-        chosen = merged(merged(chosen, self.settings), given)
+        chosen = merged(chosen, with_usual(merged(self.settings, given)))
         settings = dict(self.settings)
         for case in self.cases:
             if case.holds(chosen):
