@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 
 from gradlab.checks import UsageError
-from gradlab.run import Run, open_run
-from gradlab.run_writer import is_run
+from gradlab.run import Run, open_run, runs_below
 
 COLUMNS = ("run", "method", "environment", "frames", "last_return", "evaluated", "state")
 
@@ -24,8 +23,7 @@ def list_runs(folder: Path) -> pd.DataFrame:
         where there is none, state; one row for each run. What keeps a run from being read stands
         in its state.
     """
-    folders = sorted(path for path in folder.rglob("*") if path.is_dir() and is_run(path))
-    return pd.DataFrame([_row(path) for path in folders], columns=list(COLUMNS))
+    return pd.DataFrame([_row(path) for path in runs_below(folder)], columns=list(COLUMNS))
 
 
 def last_number(run: Run, quantity: str) -> float:

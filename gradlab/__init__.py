@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gradlab.metrics.transference import transference
     from gradlab.metrics.variance import variance
     from gradlab.preconditioner import adam_preconditioner
-    from gradlab.run import Run, open_run
+    from gradlab.run import Run, open_run, open_runs
     from gradlab.sinks.record import Record
     from gradlab.sinks.sink import Sink
 
@@ -61,6 +61,7 @@ __all__ = [
     "gradient_moments",
     "interference",
     "open_run",
+    "open_runs",
     "procrustes",
     "procrustes_path",
     "sample_gram",
@@ -92,6 +93,7 @@ _HOME = {
     "interference": "gradlab.metrics.interference",
     "load_policy": "trainers.agent_policy",
     "open_run": "gradlab.run",
+    "open_runs": "gradlab.run",
     "procrustes": "gradlab.metrics.procrustes",
     "procrustes_path": "gradlab.metrics.procrustes",
     "sample_gram": "gradlab.engine.gram",

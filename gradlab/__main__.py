@@ -23,9 +23,12 @@ class _BesideGradlab(MetaPathFinder):
         return PathFinder.find_spec(fullname, [str(Path(__file__).parents[1])])
 
 
+# As this is imported: processes that a command starts import it again, and never call `main`.
+sys.meta_path.insert(0, _BesideGradlab())
+
+
 def main() -> None:
     """Run the command line and leave with its status."""
-    sys.meta_path.insert(0, _BesideGradlab())
     from gradlab.cli import run
 
     sys.exit(run(sys.argv[1:]))

@@ -58,6 +58,48 @@ def open_run(path: str | Path) -> "Run":
     return Run(Path(path))
 
 
+def runs_below(top: Path) -> Iterator[Path]:
+    """Find run folders; what lies in one is not looked at.
+
+    Args:
+        top: A run folder, or a folder that holds some, at whatever depth; links are not followed.
+
+    Yields:
+        Run folders, in the order of their names.
+    """
+    pending = [top]
+    while pending:
+        folder = pending.pop()
+        if is_run(folder):
+            yield folder
+            continue
+        try:
+            with os.scandir(folder) as entries:
+                below = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+        except OSError:
+            continue  # what may not be looked into shows nothing
+        pending += [folder / name for name in reversed(below)]
+
+
+def open_runs(*paths: str | Path) -> list["Run"]:
+    """Open runs for reading.
+
+    Args:
+        *paths: Run folders, and folders that hold runs, such as a sweep's.
+
+    Returns:
+        The runs, each once, in the order of `paths` and of their names.
+
+    Raises:
+        UsageError: If a folder holds no run, or one can't be read.
+    """
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        for run in list(runs_below(path)) or [path]:  # of none, `Run` says what there is instead
+            found.setdefault(run.resolve(), run)
+    return [Run(path) for path in found.values()]
+
+
 def _status(file: Path) -> os.stat_result | None:
     try:
         return file.stat()

@@ -132,6 +132,18 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
+def newest_update(run: Path) -> int:
+    """Look up how far checkpoints go, without reading them.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The update of the newest one, whole or not; -1 if there is none.
+    """
+    return max((int(stem.name) for stem in _stems(run)), default=-1)
+
+
 def checkpoint_of(run: Path, update: int) -> Checkpoint:
     """Read the checkpoint of one update.
 

@@ -421,7 +421,7 @@ def differing_settings(
         E.g. "ppo.epochs=4, not 5; seed=0, not 1"; empty if there is no difference.
     """
     known = TrainConfig.model_validate(recorded).model_dump(mode="json", exclude=set(but))
-    old, new = _flat(known), _flat(asked.model_dump(mode="json", exclude=set(but)))
+    old, new = flat(known), flat(asked.model_dump(mode="json", exclude=set(but)))
     return "; ".join(
         f"{name}={old.get(name)!r}, not {new.get(name)!r}"
         for name in {**new, **old}
@@ -429,10 +429,18 @@ def differing_settings(
     )
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted name."""
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Take sections apart.
+
+    Args:
+        settings: Nested settings.
+        prefix: What dotted names begin with.
+
+    Returns:
+        Settings by dotted name.
+    """
     found: dict[str, Any] = {}
     for name, value in settings.items():
         inside = isinstance(value, dict)
-        found |= _flat(value, f"{prefix}{name}.") if inside else {prefix + name: value}
+        found |= flat(value, f"{prefix}{name}.") if inside else {prefix + name: value}
     return found

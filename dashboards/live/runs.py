@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 from analyses.listing import last_number
 from dashboards.text import clean
 from gradlab.checks import UsageError
-from gradlab.run import Run, open_run
-from gradlab.run_writer import LOCK_FILE, RECORDS_FILE, RUN_FILE, is_run
+from gradlab.run import Run, open_run, runs_below
+from gradlab.run_writer import LOCK_FILE, RECORDS_FILE, RUN_FILE
 
 Row = dict[str, Any]
 """One run in the list, as JSON: see `RunIndex.rows`."""
@@ -44,7 +44,7 @@ class RunIndex:
                 raise UsageError(
                     f"{folder} does not exist. `gradlab runs` lists the runs there are."
                 )
-            if next(_runs_below(folder), None) is None:
+            if next(runs_below(folder), None) is None:
                 raise UsageError(
                     f"{folder} holds no run. Name a run's folder, or a folder with runs in it."
                 )
@@ -63,7 +63,7 @@ class RunIndex:
         with self._lock:
             if time.monotonic() - self._looked > _FRESH:
                 self._found = _named([
-                    (top, run) for top in self._folders for run in _runs_below(top)
+                    (top, run) for top in self._folders for run in runs_below(top)
                 ])
                 self._looked = time.monotonic()
             return self._found
@@ -105,21 +105,6 @@ class RunIndex:
                 kept[path] = known if known and stands else (stamp, _row(path))
             self._rows = kept
             return [{"name": name, **kept[path][1]} for name, path in found.items()]
-
-
-def _runs_below(top: Path) -> Iterator[Path]:
-    pending = [top]
-    while pending:
-        folder = pending.pop()
-        if is_run(folder):
-            yield folder
-            continue
-        try:
-            with os.scandir(folder) as entries:
-                below = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
-        except OSError:
-            continue  # what may not be looked into shows nothing
-        pending += [folder / name for name in reversed(below)]
 
 
 def _named(found: Sequence[tuple[Path, Path]]) -> dict[str, Path]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gradlab.checks import Failed, TrainingFailed, UsageError, unknown_name
-from gradlab.cli import evaluate, show, study, train
+from gradlab.cli import evaluate, show, study, sweep, train
 from gradlab.cli.options import add_settings
+from gradlab.cli.stopping import Stopped
 
 _INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     except Failed as failure:
         print(f"gradlab: {failure}", file=sys.stderr)
         return 1
-    except train.Stopped as stopped:
+    except Stopped as stopped:
         print(f"gradlab: {stopped}", file=sys.stderr)
         return _INTERRUPTED
     except KeyboardInterrupt:
@@ -112,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     add.set_defaults(command=evaluate.evaluate, parser=add)
 
     add = commands.add_parser("conflict", help="show which agents' gradients conflict")
-    add.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    add.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one that holds runs"
+    )
     add.add_argument(
         "--quantity",
         default=show.SUMMARY,
@@ -134,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a run's folder; with --serve also a folder that holds runs",
+        help="a run's folder, or one that holds runs",
     )
     form = add.add_mutually_exclusive_group(required=True)
     form.add_argument("--html", type=Path, metavar="FILE", help="one page that works offline")
@@ -173,6 +176,15 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("runs", help="list the runs in a folder")
     add.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR")
     add.set_defaults(command=show.runs, parser=add)
+
+    add = commands.add_parser("sweep", help="train a grid of settings side by side")
+    add.add_argument("file", type=Path, metavar="FILE", help="the grid, as YAML")
+    add.add_argument(
+        "--out", type=Path, metavar="DIR", help="the runs' folder (default: runs/ and FILE's name)"
+    )
+    add.add_argument("--list", action="store_true", help="name the runs, and train nothing")
+    sweep.add_engine(add)
+    add.set_defaults(command=sweep.sweep, parser=add)
 
     add = commands.add_parser("study", help="answer a question of the literature by training")
     add.add_argument("name", metavar="NAME", help="a study's name, or list")

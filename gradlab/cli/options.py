@@ -1,16 +1,13 @@
-"""Every setting of a training as a command-line option, and back to a checked configuration."""
+"""Every setting of a training as a command-line option."""
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
-from gradlab.checks import UsageError, unknown_name
-from trainers.config import TrainConfig
+from gradlab.checks import UsageError
+from trainers.settings import setting_fields
 
 _PREFIX = "setting:"
 _ASSIGNED = {"env_args": "the environment", "aggregate_args": "the aggregator"}
@@ -32,7 +29,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             metavar="NAME=VALUE",
             help=f"keyword argument to {what}; may be given several times",
         )
-    for path, field in _fields(TrainConfig):
+    for path, field in setting_fields():
         if path in _ASSIGNED:
             continue
         several = get_origin(field.annotation) is tuple
@@ -74,42 +71,6 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
             assigned = dict(_assignment(text, what) for text in given)
             settings[setting] = {**settings.get(setting, {}), **assigned}
     return settings
-
-
-def make_config(settings: Mapping[str, Any]) -> TrainConfig:
-    """Check settings.
-
-    Args:
-        settings: Nested settings; what is missing gets its default.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        UsageError: If a name or a value is not one that may be.
-    """
-    try:
-        return TrainConfig.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section = where.rpartition(".")[0]
-        known = [path for path, _ in _fields(TrainConfig) if path.rpartition(".")[0] == section]
-        raise unknown_name("setting", where, known)
-    raise UsageError(f"`{where}`: {first['msg']}. Got {where}={first['input']!r}.")
-
-
-def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
-    """Dotted path and description of every setting, sections taken apart."""
-    found: list[tuple[str, FieldInfo]] = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found += _fields(kind, f"{prefix}{name}.")
-        else:
-            found.append((prefix + name, field))
-    return found
 
 
 def _read(file: Path) -> dict[str, Any]:

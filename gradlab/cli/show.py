@@ -33,9 +33,9 @@ def conflict(options: argparse.Namespace) -> None:
         print_conflict(options.runs, options.network, options.layer, options.format)
         return
     from analyses.conflict import quantity_table
-    from gradlab.run import open_run
+    from gradlab.run import open_runs
 
-    runs = [open_run(folder) for folder in options.runs]
+    runs = open_runs(*options.runs)
     where = {"network": options.network, "layer": options.layer, "space": options.space}
     table = quantity_table(runs, options.quantity, where)
     _print_problems(runs)
@@ -44,9 +44,9 @@ def conflict(options: argparse.Namespace) -> None:
 
 def _explain(options: argparse.Namespace) -> None:
     from analyses.conflict import explain
-    from gradlab.run import open_run
+    from gradlab.run import open_runs
 
-    runs = [open_run(folder) for folder in options.runs]
+    runs = open_runs(*options.runs)
     where = {"network": options.network, "layer": options.layer}
     sentences = [explain(run, *options.explain, **where) for run in runs]
     _print_problems(runs)
@@ -59,15 +59,15 @@ def print_conflict(
     """Print the conflict summary of runs side by side.
 
     Args:
-        folders: The runs.
+        folders: The runs, or folders that hold runs.
         network: "actor" or "critic".
         layer: A layer's name, or "all".
         form: "table", "csv" or "json".
     """
     from analyses.conflict import conflict_table
-    from gradlab.run import open_run
+    from gradlab.run import open_runs
 
-    runs = [open_run(folder) for folder in folders]
+    runs = open_runs(*folders)
     table = conflict_table(runs, network=network, layer=layer)
     _print_problems(runs)
     if form != "table":
@@ -119,16 +119,16 @@ def write_dashboard(folders: Sequence[Path], page: Path) -> None:
     """Write the page of some runs.
 
     Args:
-        folders: The runs.
+        folders: The runs, or folders that hold runs.
         page: The file to write.
 
     Raises:
         UsageError: If a run can't be read or the file can't be written.
     """
     from dashboards import write_page
-    from gradlab.run import open_run
+    from gradlab.run import open_runs
 
-    runs = [open_run(folder) for folder in folders]
+    runs = open_runs(*folders)
     try:
         write_page(runs, page)
     except OSError as error:

@@ -2,12 +2,10 @@
 
 import argparse
 import math
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -15,19 +13,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Column, Table
 
 from gradlab.checks import UsageError
-from gradlab.cli.options import given_settings, make_config
+from gradlab.cli.options import given_settings
 from gradlab.cli.show import print_conflict, write_dashboard
+from gradlab.cli.stopping import Stopped, stop_on_signal
 from trainers.config import MAY_DIFFER
 from trainers.presets import SETTING, load_preset, preset_names, with_preset
+from trainers.settings import make_config
 
 DEMO = {
     method: {"method": method, "env": "specialisation", "agents": 4}
     for method in ("hypermarl", "fups-id", "nops")
 }
-
-
-class Stopped(Exception):
-    """The training was asked to stop, and did, with everything saved."""
 
 
 def train(options: argparse.Namespace) -> None:
@@ -161,7 +157,7 @@ def _train_run(settings: Mapping[str, Any], out: Path, bar: Progress, *, resume:
     def tell(sentence: str) -> None:
         print(f"gradlab: {sentence}", file=sys.stderr)
 
-    with _stop_on_signal() as stop:
+    with stop_on_signal() as stop:
         finished = train_run(config, out, resume=resume, progress=progress, stop=stop, tell=tell)
     if not finished:
         raise Stopped(f"stopped and saved. To go on: gradlab train --resume --out {out}")
@@ -217,22 +213,3 @@ def _progress() -> Iterator[Progress]:
     finally:
         if bar.live.is_started:
             bar.stop()
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C (or SIGTERM) into a wish to stop; the second one acts at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

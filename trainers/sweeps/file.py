@@ -1,0 +1,74 @@
+"""A sweep's YAML file, and where in it everything stands."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradlab.checks import UsageError
+from trainers.sweeps import plan
+
+
+def read_sweep(file: Path) -> tuple[dict[str, Any], plan.Place]:
+    """Read a sweep's file.
+
+    Args:
+        file: A YAML file.
+
+    Returns:
+        What `plan_runs` takes: the document, and what says where its parts stand.
+
+    Raises:
+        UsageError: If it can't be read, is not YAML, says something twice, or holds no settings.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"{file} can't be read: {cause}. Give a YAML file.") from None
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        marks = {} if root is None else dict(_marks(root, (), file))
+        document = None if root is None else loader.construct_document(root)
+    except yaml.YAMLError as error:
+        cause = " ".join(str(error).split())
+        raise UsageError(f"{file} is not YAML: {cause}.") from None
+    except RecursionError:
+        raise UsageError(f"{file} holds an anchor that stands for itself. Write it out.") from None
+    if not isinstance(document, dict):
+        raise UsageError(
+            f"{file} must hold {', '.join(plan.PARTS)} by name. Got {type(document).__name__}."
+        )
+
+    def place(path: plan.Keys) -> str:
+        while path and path not in marks:  # what comes by an anchor stands elsewhere
+            path = path[:-1]
+        return _place(file, marks[path]) if path else f"{file}: "
+
+    return document, place
+
+
+def _place(file: Path, mark: yaml.Mark) -> str:
+    return f"{file}, line {mark.line + 1}, column {mark.column + 1}: "
+
+
+def _marks(node: yaml.Node, path: plan.Keys, file: Path) -> Iterator[tuple[plan.Keys, yaml.Mark]]:
+    """Where keys, and the entries of lists, begin."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no setting's name
+            if key.value in seen:
+                raise UsageError(
+                    f"{_place(file, key.start_mark)}{key.value!r} is given twice. Leave one out."
+                )
+            seen.add(key.value)
+            yield (*path, key.value), key.start_mark
+            yield from _marks(value, (*path, key.value), file)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield (*path, number), value.start_mark
+            yield from _marks(value, (*path, number), file)
