@@ -177,6 +177,7 @@ _SCHEMES = {
     "nops": "separate networks",
     "adapters": "full sharing with adapters",
     "dico": "the shared policy with scaled deviations",
+    "kaleidoscope": "the shared policy with masks",
     "hypermarl": "the hypernetwork",
     "hypermarl-no-rf": "the hypernetwork",
     "hypermarl-linear": "the linear hypernetwork",
@@ -185,12 +186,15 @@ _SCHEMES = {
 
 
 def _samples(run: Run, network: str) -> str:
-    """How many of each agent's samples of a rollout the newest diagnosis looked at."""
+    """How many of each agent's samples, of a rollout or replay, the newest diagnosis looked at."""
     if "samples" not in run.quantities:
         return "-"
-    kept = int(run.quantity("samples").isel(update=-1).sel(network=network).min())
+    newest = run.quantity("samples").isel(update=-1)
+    kept = int(newest.sel(network=network).min())
     recurrent = run.config.get("network", {}).get("memory", "none") != "none"
     total = run.config.get("copies", 0) * (1 if recurrent else run.config.get("steps", 0))
+    if "replay_frames" in run.quantities:
+        total = int(run.quantity("replay_frames").sel(update=newest["update"]))
     return f"{kept:,} of {total:,}" if total else f"{kept:,}"
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -211,12 +211,57 @@ class DiCoConfig(_Section):
     )
 
 
+def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError("must be two numbers, the lower one first")
+    return ends
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
+
+
+class KaleidoscopeConfig(_Section):
+    """The masks of `--method kaleidoscope`."""
+
+    thresholds: Range = Field(
+        (-10.0, -5.0),
+        description="what the thresholds s of the agents' masks are drawn between; a weight w is "
+        "masked where |w| is not above sigmoid(s)",
+    )
+    diversity: NonNegative = Field(
+        0.1, description="how much the masks' diversity counts beside the rest of the loss"
+    )
+    layer_factor: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="how much more each layer counts in it than the layer before"
+    )
+    window: PositiveInt = Field(
+        100, description="steps over whose losses the two are weighed against each other"
+    )
+    reset_frames: Annotated[int, Field(ge=0)] = Field(
+        1_000_000,
+        description="draw weights that no agent's mask shows anew after every this many frames, "
+        "but for the last time; 0: never",
+    )
+    reset_share: Fraction = Field(0.5, description="probability of each of them to be drawn")
+    critics: Annotated[int, Field(ge=2)] = Field(
+        5, description="masks of matd3's critic, each of which is a critic of its own"
+    )
+    critic_thresholds: Range = Field((-20.0, 0.0), description="the same as thresholds for them")
+    critic_diversity: NonNegative = Field(0.1, description="the same as diversity for them")
+    critic_reset_frames: Annotated[int, Field(ge=0)] = Field(
+        800_000,
+        description="draw one critic's thresholds anew after every this many frames, in turn, but "
+        "for the last time; 0: never",
+    )
+
+
 class SharingConfig(_Section):
     """Settings of the sharing schemes, each of which reads its own."""
 
     hypernetwork: HypernetworkConfig = Field(default_factory=HypernetworkConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     dico: DiCoConfig = Field(default_factory=DiCoConfig)
+    kaleidoscope: KaleidoscopeConfig = Field(default_factory=KaleidoscopeConfig)
 
 
 class NormaliseConfig(_Section):

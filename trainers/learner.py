@@ -143,7 +143,13 @@ class Learner(ABC):
 
 
 def generator_of(
-    config: TrainConfig, network: str, mlp: MLP, spec: EnvSpec, random: RandomGenerator
+    config: TrainConfig,
+    network: str,
+    mlp: MLP,
+    spec: EnvSpec,
+    random: RandomGenerator,
+    *,
+    ensemble: bool = False,
 ) -> Generator:
     """Make the generator of one network as it is configured.
 
@@ -153,6 +159,7 @@ def generator_of(
         mlp: The network.
         spec: What the environment looks like.
         random: Source of randomness.
+        ensemble: Whether to make an ensemble of such networks, if the scheme has one.
 
     Returns:
         The generator.
@@ -168,7 +175,9 @@ def generator_of(
             f"policies; with it critics have {CRITICS[method]!r} unless told otherwise. Got "
             f"critic_method={method!r}."
         )
-    return make_generator(method, mlp, spec.agents, random, config.network, config)
+    return make_generator(
+        method, mlp, spec.agents, random, config.network, config, ensemble=ensemble
+    )
 
 
 def aggregations_of(

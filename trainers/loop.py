@@ -261,7 +261,11 @@ class Trainer:
         rollout = self._collect()
         quantities = look(rollout) | self._update(rollout.samples)
         self.actor.adapt(of_network(rollout.samples, "actor"))
+        before = self.frames_done
         self.updates_done += 1
+        for generator in self.learner.networks.values():
+            generator.renew(before, self.frames_done, self.config.frames, self.random)
+        quantities |= self.actor.account()
         if rollout.episode_returns:
             self.last_return = fmean(rollout.episode_returns)
         return rollout, quantities

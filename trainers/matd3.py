@@ -22,7 +22,7 @@ from trainers.envs.vector_env import VectorEnv
 from trainers.finite import check_gradient, finite_mean
 from trainers.generators.generator import Generator
 from trainers.learner import Learner, generator_of
-from trainers.networks import Theta, make_network
+from trainers.networks import Ensemble, Theta, make_network
 from trainers.off_policy import CRITIC, action_of, encoded, joint_actor_loss, q_loss
 from trainers.parameters import Parameters
 from trainers.policies import Categorical, Policy, Squashed, make_policy
@@ -31,6 +31,8 @@ from trainers.rollout import Rollout, make_collector
 from trainers.samples import Weights
 
 CRITICS = ("critic", "twin")
+"""Critics, of the lesser of whose values targets are made. An ensemble needs no twin."""
+
 _WARM_UP_NOISE = 1.0  # half the action range: before anything is learned, actions are tried widely
 
 
@@ -40,6 +42,7 @@ class MATD3(Learner):
     Attributes:
         replay: What is learned from.
         targets: The networks' slow copies, by name.
+        critics: Names of the critics.
         gradient_steps: Number of steps of the critics so far.
         actor_loss: What the policies minimise.
         critic_loss: What each critic minimises.
@@ -86,7 +89,10 @@ class MATD3(Learner):
         value = make_network(reads, 1, head_gain=1.0, **form)
         self.networks = {"actor": generator_of(config, "actor", policy.network, spec, random)}
         for name in CRITICS:
-            self.networks[name] = generator_of(config, "critic", value, spec, random)
+            self.networks[name] = generator_of(config, "critic", value, spec, random, ensemble=True)
+            if isinstance(self.networks[name].mlp, Ensemble):
+                break
+        self.critics = tuple(name for name in self.networks if name != "actor")
         for name, generator in self.networks.items():
             if generator.reads_observation:
                 method = config.methods["actor" if name == "actor" else "critic"]
@@ -101,7 +107,7 @@ class MATD3(Learner):
             if isinstance(self.policy, Squashed)
             else self.policy
         )
-        of_critics = [p for name in CRITICS for p in self.networks[name].parameters()]
+        of_critics = [p for name in self.critics for p in self.networks[name].parameters()]
         self.optimiser = torch.optim.Adam(
             [
                 {"params": [*self.networks["actor"].parameters()], "lr": settings.learning_rate},
@@ -111,7 +117,7 @@ class MATD3(Learner):
         )
         self.replay = Replay(settings.replay_frames, config.copies)
         self.gradient_steps = 0
-        self.view = BatchView(config, self.policy, self.networks, self.targets, critic_input)
+        self.view = BatchView(config, self.policy, self.targets, critic_input)
         self.critic_loss = q_loss(self.networks["critic"].mlp)
         self.actor_loss = joint_actor_loss(
             self.policy,
@@ -178,10 +184,10 @@ class MATD3(Learner):
         return found | {n: Quantity.scalar(float(c), units[n], "exact") for n, c in counts.items()}
 
     def _critic_step(self, batch: dict[str, Tensor]) -> float:
-        """Move both critics towards the targets; their mean loss before."""
+        """Move the critics towards the targets; their mean loss before."""
         self.optimiser.zero_grad(set_to_none=True)
         weigh, total = Weights.of(batch.get("active")), 0.0
-        for name in CRITICS:
+        for name in self.critics:
             parameters = Parameters(self.networks[name])
             theta = parameters.of(batch["read"])
             loss = finite_mean(
@@ -189,9 +195,10 @@ class MATD3(Learner):
             )
             loss.backward()
             parameters.backward()
+            self.networks[name].regularise(loss.item())
             clipped = self.networks[name].clip_gradients(self._settings.max_gradient_norm)
             check_gradient(name, clipped)
-            total += loss.item() / len(CRITICS)
+            total += loss.item() / len(self.critics)
         self.optimiser.step()  # leaves alone what has no gradient
         return total
 
@@ -207,6 +214,7 @@ class MATD3(Learner):
         loss = finite_mean("policy_loss", Weights.of(batch.get("active"))(losses))
         loss.backward()
         parameters.backward()
+        actor.regularise(loss.item())
         check_gradient("actor", actor.clip_gradients(self._settings.max_gradient_norm))
         self.optimiser.step()
         return loss.item()
@@ -247,7 +255,6 @@ class BatchView:
         self,
         config: TrainConfig,
         policy: Policy,
-        networks: Mapping[str, Generator],
         targets: Mapping[str, Generator],
         critic_input: CriticInput,
     ) -> None:
@@ -256,13 +263,12 @@ class BatchView:
         Args:
             config: Discount, n-step returns and noise.
             policy: The policies' form.
-            networks: Generators by name.
-            targets: Their slow copies.
+            targets: The networks' slow copies, by name.
             critic_input: What critics read of the observations, or world states.
         """
         self._settings: MATD3Config = config.matd3
         self._policy = policy
-        self._networks, self._targets = networks, targets
+        self._targets = targets
         self._critic_input = critic_input
 
     @torch.no_grad()
@@ -302,7 +308,7 @@ class BatchView:
         return found
 
     def _following(self, seen: dict[str, Tensor], random: RandomGenerator) -> Tensor:
-        """The lesser of the target critics' values of what the target policies do, smoothed."""
+        """The least of the target critics' values of what the target policies do, smoothed."""
         settings, policy = self._settings, self._policy
         theta = self._targets["actor"].all_agents()
         made = policy.network.forward(theta, seen["observation"])
@@ -317,12 +323,14 @@ class BatchView:
             "action": joint(action_of(policy, made, seen, settings.temperature)),
         }
         values = []
-        for name in CRITICS:
-            theta = self._targets[name].all_agents()
+        for name, target in self._targets.items():
+            if name == "actor":
+                continue
+            theta = target.all_agents()
             once = critic_batch(batch, theta)
             both = torch.cat([once["observation"], once["action"]], dim=-1)
-            values.append(self._networks[name].mlp.forward(theta, both).squeeze(-1))
-        return torch.minimum(*values)
+            values.append(target.mlp.forward(theta, both))
+        return torch.cat(values, dim=-1).amin(-1)
 
 
 def critic_batch(batch: Mapping[str, Tensor], theta: Theta) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -220,6 +221,58 @@ class Deviating(MLP):
     def gain(self, layer: str) -> float:
         """See `MLP.gain`."""
         return 1.0 if layer == f"{DEVIATION}head" else super().gain(layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble(MLP):
+    """Perceptrons of one form that read the same; their outputs stand one after the other.
+
+    Attributes:
+        members: How many.
+    """
+
+    members: int
+
+    @classmethod
+    def of(cls, mlp: MLP, members: int) -> "Ensemble":
+        """Make an ensemble of networks of a form.
+
+        Args:
+            mlp: The form of each.
+            members: How many.
+
+        Returns:
+            All of them.
+        """
+        form = {field.name: getattr(mlp, field.name) for field in fields(mlp)}
+        return cls(**form, members=members)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What the names of each member's layers begin with."""
+        return tuple(f"member{number}_" for number in range(self.members))
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """See `MLP.layers`: those of one member after the other."""
+        layers = super().layers
+        return {p + name: shape for p in self.prefixes for name, shape in layers.items()}
+
+    @property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """Layers from input to output, by name, of each member."""
+        layers = tuple(super().layers)
+        return tuple(tuple(p + name for name in layers) for p in self.prefixes)
+
+    def gain(self, layer: str) -> float:
+        """See `MLP.gain`."""
+        return super().gain(layer.partition("_")[2])
+
+    def forward(
+        self, theta: Theta, x: Float[Tensor, "*batch inputs"]
+    ) -> Float[Tensor, "*batch outputs"]:
+        """See `MLP.forward`."""
+        return torch.cat([self.along(path, theta, x) for path in self.paths], dim=-1)
 
 
 def per_agent(parameter: Tensor, x: Tensor) -> Tensor:

@@ -24,12 +24,12 @@ def q_loss(network: MLP) -> Surrogate:
     Returns:
         A function of the network's parameters and samples (`observation`, `action`, `target`, the
         fixed bootstrapped return) that returns each sample's loss (Fujimoto et al., "TD3", 2018,
-        algorithm 1).
+        algorithm 1); of an ensemble the mean over its members.
     """
 
     def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
-        value = _value(network, theta, sample["observation"], sample["action"])
-        return (value - sample["target"]).square()
+        values = _values(network, theta, sample["observation"], sample["action"])
+        return (values - sample["target"][..., None]).square().mean(-1)
 
     return loss
 
@@ -52,7 +52,7 @@ def deterministic_actor_loss(actor: MLP, critic: MLP, box: Box) -> Surrogate:
         fixed = {name: sample[CRITIC + name] for name in parameters}
         middle, half = (box.high + box.low) / 2, (box.high - box.low) / 2
         action = middle + half * torch.tanh(actor.forward(theta, sample["observation"]))
-        return -_value(critic, fixed, sample["observation"], action)
+        return -_values(critic, fixed, sample["observation"], action).mean(-1)
 
     return loss
 
@@ -67,7 +67,8 @@ def joint_actor_loss(
 
     Args:
         policy: Numbered actions are made by a straight-through Gumbel-softmax.
-        critic: Reads what it reads of the observations, then all agents' actions.
+        critic: Reads what it reads of the observations, then all agents' actions; of an ensemble
+            the mean over its members counts.
         temperature: Of the Gumbel-softmax.
         logit_penalty: Weight of the mean squared logit, which keeps numbered actions from becoming
             certain.
@@ -86,7 +87,8 @@ def joint_actor_loss(
         own = sample["own"][..., None]
         others = sample["action"].unflatten(-1, (own.shape[-2], -1))
         joint = torch.where(own > 0, action[..., None, :], others).flatten(-2)
-        found = -_value(critic, {n: sample[CRITIC + n] for n in names}, sample["read"], joint)
+        fixed = {n: sample[CRITIC + n] for n in names}
+        found = -_values(critic, fixed, sample["read"], joint).mean(-1)
         if isinstance(policy, Categorical):
             found = found + logit_penalty * made.square().mean(-1)
         return found
@@ -139,5 +141,6 @@ def encoded(policy: Policy, action: Tensor) -> Tensor:
     return action
 
 
-def _value(network: MLP, theta: Theta, observation: Tensor, action: Tensor) -> Tensor:
-    return network.forward(theta, torch.cat([observation, action], dim=-1)).squeeze(-1)
+def _values(network: MLP, theta: Theta, observation: Tensor, action: Tensor) -> Tensor:
+    """[*batch, member]: of an ensemble several."""
+    return network.forward(theta, torch.cat([observation, action], dim=-1))

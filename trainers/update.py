@@ -275,6 +275,7 @@ class Updater:
                     found[name] = found.get(name, 0.0) + value
         for of, parameters in trained:
             parameters.backward()
+            of.generator.regularise(found[of.loss_name])
             norm = of.generator.clip_gradients(self._config.max_gradient_norm)
             check_gradient(of.network, norm, of.first)
         self._optimiser.step()

@@ -1,6 +1,7 @@
 """What a training update takes with each sharing scheme, and with A2C, beside `fups` with PPO.
 
-Whole updates, rollout and all, without diagnostics, in vmas/navigation; an update of each in turn.
+And with MATD3: Kaleidoscope, which has critics of its own there, beside `fups-id`. Whole updates,
+rollout and all, without diagnostics, in vmas/navigation; an update of each in turn.
 """
 
 from measure import ratios, write
@@ -10,7 +11,7 @@ from trainers.generators import METHODS
 from trainers.loop import Trainer
 
 COPIES, STEPS, ROUNDS = 128, 32, 8
-BASE = "fups"
+BASE, OFF_POLICY_BASE = "fups", "fups-id"
 
 
 def trainer(**settings):
@@ -25,10 +26,15 @@ def main():
         if method != "hypermarl-coupled"  # its cost is another subject: parameters of each sample
     }
     trainings[f"{BASE}, a2c"] = trainer(method=BASE, algorithm="a2c")
-    found = ratios({name: of._next_update for name, of in trainings.items()}, ROUNDS, BASE)
+    warm = {"warmup_frames": 1}
+    off_policy = {
+        f"{method}, matd3": trainer(method=method, algorithm="matd3", matd3=warm)
+        for method in (OFF_POLICY_BASE, "hypermarl", "kaleidoscope")
+    }
     rows = [
         {"training": name, "agents": 4, "frames": COPIES * STEPS, **row}
-        for name, row in found.items()
+        for of, base in ((trainings, BASE), (off_policy, f"{OFF_POLICY_BASE}, matd3"))
+        for name, row in ratios({n: t._next_update for n, t in of.items()}, ROUNDS, base).items()
     ]
     for row in rows:
         print(f"| `{row['training']}` | {row['ms']:.0f} | {row['ratio']:.2f} |", flush=True)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from cases import AGENTS, DECOUPLED, case
+from cases import AGENTS, CONFIG, DECOUPLED, case
 from torch import nn
 
 from gradlab.contributions import PullsBack, contributions
 from trainers.config import SharingConfig
 from trainers.envs.vector_env import Box
 from trainers.generators import METHODS
+from trainers.networks import MLP
 from trainers.policies import make_policy
 
 FORMS = {
@@ -36,8 +37,12 @@ FORMS = {
     "fups, own log_std": ("fups", SharingConfig(), True),
     "adapters, own log_std": ("adapters", SharingConfig(adapter={"rank": 2}), True),
     "dico, own log_std": ("dico", SharingConfig(dico={"snd": 0}), True),
+    "kaleidoscope, own log_std": ("kaleidoscope", CONFIG, True),
     "nops, shared log_std": ("nops", SharingConfig(), False),
 }
+
+
+FORM = {"activation": "relu", "head_gain": 1.0}
 
 
 class Plain(nn.Module):
@@ -59,9 +64,11 @@ def generators():
     network = make_policy(3, box, hidden=(4,), activation="tanh").network
     for name, (method, config, own_log_std) in FORMS.items():
         yield name, METHODS[method](network, AGENTS, random, config, own_log_std).double()
+    critics = METHODS["kaleidoscope"].ensemble(MLP(sizes=(3, 4, 1), **FORM), AGENTS, random, CONFIG)
+    yield "ensemble", critics.double()
     network = make_policy(3, box, hidden=(4,), activation="tanh", memory_size=2).network
     for method in DECOUPLED:
-        generator = METHODS[method](network, AGENTS, random, SharingConfig())
+        generator = METHODS[method](network, AGENTS, random, CONFIG)
         yield f"{method}, recurrent", generator.double()
 
 

@@ -1,14 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from cases import AGENTS, DECOUPLED, case
+from cases import AGENTS, CONFIG, DECOUPLED, case
 from test_jacobian import dense
 
 from gradlab.checks import UsageError
 from gradlab.metrics.coupling import coupling
 from gradlab.metrics.coupling_forms import CouplingForms
-from trainers.config import SharingConfig
+from trainers.config import HypernetworkConfig, SharingConfig
 from trainers.generators import METHODS
 from trainers.generators.dico import DiCo
 from trainers.generators.hypernetwork import HyperNetwork
@@ -38,6 +40,8 @@ FORMS = {
     "nops, shared log_std": ("nops", {}),
     "adapters, own log_std": ("adapters", {}),
     "dico, own log_std": ("dico", {}),
+    "kaleidoscope, own log_std": ("kaleidoscope", {}),
+    "ensemble": ("kaleidoscope", {}),
     "hypermarl, own log_std": ("hypermarl", {"hidden": (6,)}),
     **{f"{method}, recurrent": (method, {"hidden": (6,)}) for method in DECOUPLED},
     "shared trunk, recurrent": ("hypermarl", {"shared_trunk": True, "hidden": (6,)}),
@@ -60,8 +64,11 @@ def make(form, log_std=2, dtype=torch.float64):
         head_gain=1.0,
         log_std_size=log_std,
     )
-    config = SharingConfig(hypernetwork=settings)
-    generator = METHODS[method](mlp, AGENTS, random, config, OWN_LOG_STD.get(form))
+    config = CONFIG.model_copy(update={"hypernetwork": HypernetworkConfig(**settings)})
+    scheme = METHODS[method]
+    if form == "ensemble":
+        scheme, mlp = scheme.ensemble, replace(mlp, log_std_size=0)
+    generator = scheme(mlp, AGENTS, random, config, OWN_LOG_STD.get(form))
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=random)

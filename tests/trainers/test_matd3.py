@@ -6,6 +6,7 @@ import torch
 from turns_game import use_turns
 
 import gradlab
+from analyses.conflict import conflict_table
 from gradlab.checks import UsageError
 from gradlab.decomposition import decompose
 from gradlab.run import open_run
@@ -291,6 +292,7 @@ def test_diagnosed_run_ends_with_the_weights_of_a_plain_one(tmp_path, case, meth
     assert run.quantity("residual").max() < 1e-4
     assert run.quantity("residual").sizes == {"update": 3, "network": 2}
     assert (run.quantity("samples") > 0).all()
+    assert conflict_table([run])["samples"].tolist() == ["120 of 120"]
     assert run.quantity("transference").sizes["update"] == 2
     if case == "continuous":  # a numbered action stays as it was drawn, or flips
         # Critics are near their minimum here, where a step's change is of second order.
@@ -432,7 +434,7 @@ def test_only_what_may_be_done_at_a_step_is_done_and_counted_on(monkeypatch):
     ],
 )
 def test_other_schemes_are_trained_too(case, method, tmp_path):
-    settings = CASES[case] | {"frames": COPIES * STEPS * 3}
+    settings = CASES[case] | {"frames": COPIES * STEPS * 3, "effects_every": 1000}
     config = config_of(method=method, diagnostics="full", **settings)
     train_run(config, tmp_path / "r", tell=lambda _: None)
     run = open_run(tmp_path / "r")

@@ -43,7 +43,7 @@ def test_there_is_a_preset_for_each_scenario_of_the_paper_and_each_game():
     }
 
 
-@pytest.mark.parametrize("algorithm", ["ippo", "mappo"])
+@pytest.mark.parametrize("algorithm", ["ippo", "mappo", "matd3"])
 @pytest.mark.parametrize("name", NAMES)
 def test_preset_is_valid_for_every_method(name, algorithm):
     preset = load_preset(name)
@@ -119,6 +119,17 @@ def test_every_setting_of_a_file_has_its_source_beside_it_or_above(file):
         ("mamujoco-walker2d-2x3", {"algorithm": "happo"}, {"ppo.clip": 0.05, "steps": 200}),
         ("mamujoco-halfcheetah-2x3", {"algorithm": "happo"}, {"ppo.epochs": 15}),
         ("swimmer-10x2", {}, {"agents": 10}),
+        ("swimmer-10x2", {"algorithm": "matd3"}, {"matd3.n_step": 10, "copies": 10, "steps": 50}),
+        (
+            "mamujoco-walker2d-2x3",
+            {"algorithm": "matd3", "method": "kaleidoscope"},
+            {"matd3.n_step": 20, "matd3.policy_delay": 8, "critic_method": "kaleidoscope"},
+        ),
+        (
+            "mamujoco-halfcheetah-2x3",
+            {"algorithm": "matd3", "method": "fups-id"},
+            {"matd3.n_step": 10, "critic_method": "fups", "network.hidden": (256, 256)},
+        ),
         ("smax-2s3z", {}, {"ppo.learning_rate": 4e-3, "hypernetwork.hidden": (32,)}),
         ("smax-3s5z", {"algorithm": "mappo"}, {"ppo.learning_rate": 3e-4, "ppo.clip": 0.2}),
         (

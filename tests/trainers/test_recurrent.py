@@ -48,6 +48,7 @@ METHODS = (
     "hypermarl-coupled",
     "adapters",
     "dico",
+    "kaleidoscope",
 )
 
 

@@ -68,6 +68,14 @@ CASES = {
         "normalise": {"observations": True, "rewards": True},
         "ppo": {"anneal_learning_rate": True, "target_kl": 0.01},
     },
+    "masked": {
+        "method": "kaleidoscope",
+        "algorithm": "matd3",
+        "env": "vmas/navigation",
+        "agents": 2,
+        "matd3": {"warmup_frames": 100, "replay_frames": 200, "batch_size": 16},
+        "kaleidoscope": {"window": 5, "reset_frames": 64, "critic_reset_frames": 64},
+    },
     "options": {
         "method": "hypermarl",
         "algorithm": "mappo",

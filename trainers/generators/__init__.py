@@ -10,6 +10,7 @@ from trainers.generators.dico import DiCo
 from trainers.generators.generator import Generator
 from trainers.generators.hypernetwork import HyperNetwork
 from trainers.generators.independent import NoPS
+from trainers.generators.kaleidoscope import Kaleidoscope, MaskedEnsemble
 from trainers.generators.method import Method, matched
 from trainers.generators.shared import FuPS, FuPSID
 from trainers.networks import MLP
@@ -78,6 +79,18 @@ METHODS: Registry[Method] = Registry(
             ),
             count=lambda mlp, agents, _, own: DiCo.count(mlp, agents, own),
         ),
+        "kaleidoscope": Method(
+            factory=lambda mlp, agents, random, config, own: Kaleidoscope(
+                mlp, agents, random, config.kaleidoscope, own_log_std=own
+            ),
+            count=lambda mlp, agents, _, own: Kaleidoscope.count(mlp, agents, own),
+            ensemble=Method(
+                factory=lambda mlp, agents, random, config, _: MaskedEnsemble(
+                    mlp, agents, random, config.kaleidoscope
+                ),
+                count=lambda mlp, _, config, __: MaskedEnsemble.size(mlp, config.kaleidoscope),
+            ),
+        ),
     },
 )
 
@@ -91,6 +104,8 @@ def make_generator(
     random: RandomGenerator,
     network: NetworkConfig,
     sharing: SharingConfig,
+    *,
+    ensemble: bool = False,
 ) -> Generator:
     """Make the generator of one network.
 
@@ -101,6 +116,7 @@ def make_generator(
         random: Source of randomness.
         network: Whose size to match, and what to do with `log_std`.
         sharing: Settings of the sharing schemes.
+        ensemble: Whether to make an ensemble of such networks, if the scheme has one.
 
     Returns:
         The generator; the network that it makes parameters for, of matched widths if so asked, is
@@ -110,6 +126,8 @@ def make_generator(
         UsageError: If a method is unknown, or nothing can be matched.
     """
     method, own = METHODS[name], _OWN_LOG_STD[network.log_std]
+    if ensemble and method.ensemble is not None:
+        method = method.ensemble
 
     def size_of(some: Method, sized: MLP) -> int:
         return some.parameters(sized, agents, sharing, own)

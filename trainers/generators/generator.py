@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradlab.engine.per_sample import PerSample
 from gradlab.metrics.coupling_forms import CouplingForms
+from gradlab.quantity import Quantity
 from trainers.generators.initialisation import initial_memory
 from trainers.networks import MLP, Theta
 
@@ -104,6 +105,33 @@ class Generator(nn.Module, ABC):
         Args:
             samples: What the last update trained on, by name, as `MLP.read` takes it.
         """
+
+    def regularise(self, loss: float) -> None:
+        """Add the gradient of what is minimised beside the samples' losses, if there is any.
+
+        A function of what is trained alone: no agent's samples have a part in it.
+
+        Args:
+            loss: Mean of the samples' losses, whose gradient is there already.
+        """
+
+    def renew(self, before: int, after: int, planned: int, random: RandomGenerator) -> None:
+        """Draw anew, between updates, what is due to be.
+
+        Args:
+            before: Frames done before the last update.
+            after: Frames done with it.
+            planned: Frames of the whole training.
+            random: Source of randomness.
+        """
+
+    def account(self) -> dict[str, Quantity]:
+        """Say how what is particular to the scheme stands.
+
+        Returns:
+            Quantities by name, to be recorded of the actor after every update.
+        """
+        return {}
 
     def policy_for(
         self,

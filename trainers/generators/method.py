@@ -25,11 +25,13 @@ class Method:
         factory: Makes its generator.
         count: Number of parameters that the generator trains, without making it.
         own_log_std: Whether each agent has its own `log_std` unless told otherwise.
+        ensemble: What makes an ensemble of off-policy critics, if the scheme has one.
     """
 
     factory: Factory
     count: Count
     own_log_std: bool = False
+    ensemble: "Method | None" = None
 
     def __call__(
         self,

@@ -25,7 +25,11 @@ DECOUPLED = (
     "nops",
     "adapters",
     "dico",
+    "kaleidoscope",
 )
+CONFIG = SharingConfig(kaleidoscope={"thresholds": (-3, 0)})
+"""Every mask hides a good part of the weights."""
+
 SURROGATES = (
     "pg-discrete",
     "pg-continuous",
@@ -70,7 +74,7 @@ def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
         return torch.randn(AGENTS, samples, *shape, generator=random).to(dtype)
 
     def make(mlp):
-        generator = METHODS[method](mlp, AGENTS, random, SharingConfig()).to(dtype)
+        generator = METHODS[method](mlp, AGENTS, random, CONFIG).to(dtype)
         with torch.no_grad():
             for parameter in generator.parameters():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=random).to(dtype)
