@@ -8,7 +8,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analyses.studies.chart import Line, Panel, chart
-from analyses.studies.study import Findings, Simulation, Verdict
+from analyses.studies.study import Findings, Simulation
+from analyses.studies.verdict import Verdict, told
 from gradlab.cluster_products import CLUSTERS, ClusterProducts
 from gradlab.estimates import ALIGNED, CONFLICT, Estimates
 
@@ -132,7 +133,12 @@ def _report(draws: int, progress: Callable[[int, int], None]) -> Findings:
     for names, form in (((_NAIVE, _DEBIASED, _PRODUCT), "+.3f"), (shares, ".1%")):
         for name in names:
             shown[name] = [format(x, form) if math.isfinite(x) else "" for x in found[name]]
-    return Findings(table=shown, verdicts=_verdicts(found), figures={"bias.svg": _figure(found)})
+    return Findings(
+        shown=shown,
+        verdicts=_verdicts(found),
+        tables={"bias": found},
+        figures={"bias": _figure(found)},
+    )
 
 
 def _verdicts(found: pd.DataFrame) -> list[Verdict]:
@@ -144,34 +150,34 @@ def _verdicts(found: pd.DataFrame) -> list[Verdict]:
     called = unrelated[_CONFLICT] + unrelated[_ALIGNED]
     few, many = opposed.iloc[0], opposed.iloc[-1]
     return [
-        Verdict(
-            claim="noise that agents share gives the naive cosine the wrong sign on average",
+        told(
+            "noise that agents share gives the naive cosine the wrong sign on average",
             holds=bool(wrong),
             evidence=f"at {', '.join(map(str, wrong)) or 'no'} copies",
         ),
-        Verdict(
-            claim="debiased products are right on average at every number of copies",
+        told(
+            "debiased products are right on average at every number of copies",
             holds=bool(off < 4),
             evidence=f"largest difference {off:.1f} standard errors",
         ),
-        Verdict(
-            claim="95 % intervals of products hold the truth in 93 % to 97 % of cases",
+        told(
+            "95 % intervals of products hold the truth in 93 % to 97 % of cases",
             holds=bool(held.between(0.93, 0.97).all()),
             evidence=f"{held.min():.1%} to {held.max():.1%}",
         ),
-        Verdict(
-            claim="so do those of cosines where nine in ten lengths are known",
+        told(
+            "so do those of cosines where nine in ten lengths are known",
             holds=bool(held_cosine.between(0.93, 0.97).all()),
             evidence=f"{held_cosine.min():.1%} to {held_cosine.max():.1%}",
         ),
-        Verdict(
-            claim="of unrelated gradients at most 5 % of pairs get a verdict",
+        told(
+            "of unrelated gradients at most 5 % of pairs get a verdict",
             holds=bool(called.max() <= 0.05),
             evidence=f"at most {called.max():.1%}; the naive cosine is negative in "
             f"{unrelated[_NEGATIVE].min():.1%} to {unrelated[_NEGATIVE].max():.1%}",
         ),
-        Verdict(
-            claim="opposed gradients are nearly all called so if there are enough copies",
+        told(
+            "opposed gradients are nearly all called so if there are enough copies",
             holds=bool(many[_CONFLICT] > 0.95),
             evidence=f"{few[_CONFLICT]:.1%} at {few['copies']:.0f} copies, "
             f"{many[_CONFLICT]:.1%} at {many['copies']:.0f}",
@@ -221,7 +227,7 @@ BIAS = Simulation(
     name="bias",
     question="What do naive and debiased cosines say of gradients whose truth is known?",
     budgets={"quick": 100, "standard": 1000},
-    caption=f"{AGENTS} agents with true gradients of length 1 in {PARAMS} coordinates, Gaussian "
+    about=f"{AGENTS} agents with true gradients of length 1 in {PARAMS} coordinates, Gaussian "
     f"noise whose variance in one copy is {1 / SNR:g} times the squared length, and whose "
     f"correlation between agents of one copy is {SHARED:g}; copies pooled into at most {CLUSTERS} "
     "clusters. Means over pairs and draws (quick: 100, standard: 1000). Naive: cosine of the "
@@ -229,5 +235,5 @@ BIAS = Simulation(
     "counterpart, as all true lengths are 1. Debiased cosine and its intervals: of the pairs both "
     "of whose lengths are known (two standard errors above 0), which at few copies are those whose "
     "lengths came out too large. Verdicts at a false discovery rate of 5 % over the pairs.",
-    report=_report,
+    draw=_report,
 )

@@ -8,7 +8,9 @@ from html import escape
 _WIDTH, _HEIGHT = 300, 210
 _LEFT, _TOP, _RIGHT, _BOTTOM = 44, 34, 12, 40
 _ROW = 18
-_COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
+_ASIDE = 3.0
+# Okabe and Ito (2008), but for their yellow.
+_COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#000000", "#888888")
 _GREY = "#888888"
 
 
@@ -19,11 +21,15 @@ class Line:
     Attributes:
         name: What the legend calls it; lines of the same name in several panels are one entry.
         values: Its heights, NaN where there is none.
+        low: Lower ends of the heights' intervals; NaN, or empty, where there is none.
+        high: Their upper ends.
         dashed: Whether it is dashed.
     """
 
     name: str
     values: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
     dashed: bool = False
 
 
@@ -100,14 +106,23 @@ def _panel(panel: Panel, labels: Sequence[str], axis: str, names: Sequence[str])
         f'<text x="{(_LEFT + right) / 2}" y="{bottom + 31}" text-anchor="middle">'
         f"{escape(axis)}</text>"
     )
-    for line in panel.lines:
-        points = [
-            f"{x(place):.1f} {y(min(max(value, low), high)):.1f}"
-            for place, value in enumerate(line.values)
-            if math.isfinite(value)
-        ]
+
+    def within(value: float) -> float:
+        return y(min(max(value, low), high))
+
+    for number, line in enumerate(panel.lines):
+        points = [(place, value) for place, value in enumerate(line.values) if math.isfinite(value)]
+        if not points:
+            continue
+        # Side by side, so that intervals do not hide each other.
+        aside = _ASIDE * (number - (len(panel.lines) - 1) / 2) if line.low else 0.0
         stroke = _stroke(names.index(line.name), line.dashed)
-        parts.append(f'<path d="M{" L".join(points)}" {stroke}/>')
+        at = [f"{x(place) + aside:.1f} {within(value):.1f}" for place, value in points]
+        parts.append(f'<path d="M{" L".join(at)}" {stroke}/>')
+        for place, (below, above) in enumerate(zip(line.low, line.high, strict=True)):
+            if math.isfinite(below) and math.isfinite(above):
+                span = f"M{x(place) + aside:.1f} {within(below):.1f}V{within(above):.1f}"
+                parts.append(f'<path d="{span}" {_stroke(names.index(line.name), False)}/>')
     return parts
 
 

@@ -1,105 +1,252 @@
-"""Can a shared policy specialise? The stateless Specialisation game, by sharing scheme."""
+"""Which sharing schemes learn to act apart, and alike, and what their gradients do meanwhile."""
 
-from collections.abc import Mapping
-from itertools import product
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
-from analyses.studies.study import Findings, Study, Verdict, over_last_tenth
+from analyses.studies.chart import Line, Panel, chart
+from analyses.studies.seeds import (
+    difference,
+    estimate,
+    estimates,
+    over_last_tenth,
+    over_training,
+    ratio_over_training,
+    select,
+    side_by_side,
+)
+from analyses.studies.study import Findings, Study
+from analyses.studies.verdict import Estimate, Verdict, judge
 from gradlab.run import Run
-from trainers.envs.matrix_games import chance_return
+from trainers.envs.matrix_games import NAMES
 
-METHODS = ("fups", "fups-id", "nops", "hypermarl")
-_LEARNED = 0.97
-_AT_CHANCE = 0.03
-_FIGURES = {"return": 3, "negative cosines of g": 3, "mean cosine of g": 3, "seconds": 0}
+METHODS = ("fups", "fups-id", "fups-id-nostate", "nops", "hypermarl-linear", "hypermarl")
+LEARNED = 0.97
+AT_CHANCE = 0.03
+
+_REWARD = "reward"
+_CONFLICT = "conflict rate of g"
+_FIGURES = {
+    _REWARD: ".3f",
+    _CONFLICT: ".3f",
+    "conflict rate of Z": ".3f",
+    "mean cosine of g": ".3f",
+    "norm of g": ".2e",
+    "normalised variance of Z": ".3g",
+    "coordinate variance": ".2e",
+}
+_BY = ("game", "agents", "method")
 
 
-def _runs(agents: tuple[int, ...], seeds: int) -> dict[str, Mapping[str, Any]]:
+def _sweep(agents: Sequence[int], seeds: int, frames: int, every: int) -> dict[str, Any]:
     return {
-        f"{method}-{n}ag-seed{seed}": {
-            "method": method,
-            "env": "specialisation",
-            "agents": n,
-            "seed": seed,
-            "diagnostics": "light",
-        }
-        for n, method, seed in product(agents, METHODS, range(seeds))
+        "settings": {"frames": frames, "diagnostics": "full", "every": every},
+        "grid": {
+            "env": list(NAMES),
+            "agents": list(agents),
+            "method": list(METHODS),
+            "seed": list(range(seeds)),
+        },
     }
 
 
-def _over_training(run: Run, quantity: str) -> float:
-    """Mean over the diagnosed updates of a figure of the whole actor in psi-space."""
-    where = {"network": "actor", "space": "psi", "layer": "all"}
-    return float(run.quantity(quantity).sel(where).mean())
+def levels(game: str, agents: int) -> tuple[float, float]:
+    """Rewards of play that needs no learning.
+
+    Args:
+        game: A game's name.
+        agents: How many play, with as many actions.
+
+    Returns:
+        Mean reward per step and agent if all draw actions uniformly at random, and if all always
+        act alike.
+    """
+    others = np.arange(agents)  # how many of the others choose what I choose
+    chances = stats.binom.pmf(others, agents - 1, 1 / agents)
+    if game.startswith("specialisation"):
+        return float(chances @ (1 / (1 + others))), 1 / agents
+    return float(chances @ (1 / (agents - others))), 1.0
 
 
-def _report(runs: Mapping[str, Run]) -> Findings:
-    found = pd.DataFrame([
-        {
-            "method": run.method,
-            "agents": int(run.info["agents"]),
-            "return": over_last_tenth(run, "episode_return"),
-            "negative cosines of g": _over_training(run, "negative_rate"),
-            "mean cosine of g": _over_training(run, "mean_cosine"),
-            "seconds": float(run.quantity("seconds").sum()),
-        }
-        for run in runs.values()
-    ])
-    rows = []
-    for agents, of_size in found.groupby("agents"):
-        count = int(str(agents))
-        levels = {
-            "all the same": f"{1 / count:.3f}",
-            "chance": f"{chance_return(count, count):.3f}",
-        }
-        for figure, digits in _FIGURES.items():
-            row = {"agents": count, "figure": figure}
-            row |= levels if figure == "return" else dict.fromkeys(levels, "")
-            for method in METHODS:
-                values = of_size.loc[of_size["method"] == method, figure]
-                mean, low, high = (
-                    f"{x:.{digits}f}" for x in (values.mean(), values.min(), values.max())
+def _row(run: Run) -> dict[str, Any]:
+    return {
+        "game": run.environment,
+        "agents": int(run.info["agents"]),
+        "method": run.method,
+        "seed": int(run.info["seed"]),
+        _REWARD: over_last_tenth(run, "reward_per_step"),
+        _CONFLICT: over_training(run, "conflict_rate", "psi"),
+        "conflict rate of Z": over_training(run, "conflict_rate", "theta"),
+        "mean cosine of g": over_training(run, "mean_cosine", "psi"),
+        "norm of g": over_training(run, "norm", "psi"),
+        "normalised variance of Z": ratio_over_training(
+            run, "variance_mean", "squared_norm_debiased", "theta"
+        ),
+        "coordinate variance": over_training(run, "coordinate_variance"),
+    }
+
+
+def read(runs: Sequence[Run]) -> Findings:
+    """Read the study's runs.
+
+    Args:
+        runs: Those that are done.
+
+    Returns:
+        Rewards, conflict and variance of every game, number of agents and method.
+    """
+    found = pd.DataFrame([_row(run) for run in runs])
+    table = estimates(found, _BY, _FIGURES)
+    shown = side_by_side(table, _BY[:2], "method")
+    known = [levels(row["game"], row["agents"]) for row in shown.to_dict("records")]
+    of_reward = (shown["figure"] == _REWARD).tolist()
+    for place, name in enumerate(("chance", "all the same")):
+        texts = [
+            f"{x[place]:.3f}" if is_reward else ""
+            for x, is_reward in zip(known, of_reward, strict=True)
+        ]
+        shown.insert(3 + place, name, texts)
+    return Findings(
+        shown=shown,
+        verdicts=_verdicts(found),
+        tables={"specialisation": table.drop(columns="text"), "specialisation-runs": found},
+        figures={
+            "specialisation-reward": _figure(table, _REWARD, with_levels=True),
+            "specialisation-conflict": _figure(table, _CONFLICT, with_levels=False),
+        },
+    )
+
+
+def _figure(table: pd.DataFrame, figure: str, *, with_levels: bool) -> str:
+    sizes = sorted(set(table["agents"]))
+    panels = []
+    for game in dict.fromkeys(table["game"]):
+        lines = []
+        for method in dict.fromkeys(table["method"]):
+            where = (table["game"] == game) & (table["method"] == method)
+            rows = table[where & (table["figure"] == figure)].set_index("agents").reindex(sizes)
+            lines.append(
+                Line(
+                    name=str(method),
+                    values=rows["value"].tolist(),
+                    low=rows["low"].tolist(),
+                    high=rows["high"].tolist(),
                 )
-                row[method] = f"{mean} ({low} to {high})"
-            rows.append(row)
-    return Findings(table=pd.DataFrame(rows), verdicts=_verdicts(found))
+            )
+        if with_levels:
+            for place, name in enumerate(("chance", "all the same")):
+                values = [levels(str(game), size)[place] for size in sizes]
+                lines.append(Line(name=name, values=values, dashed=True))
+        panels.append(
+            Panel(title=f"{game}: {figure}", lines=lines, ticks=(0.0, 0.25, 0.5, 0.75, 1.0))
+        )
+    return chart(panels, [str(size) for size in sizes], "agents")
 
 
 def _verdicts(found: pd.DataFrame) -> list[Verdict]:
-    verdicts = []
-    for method in METHODS[1:]:
-        lowest = float(found.loc[found["method"] == method, "return"].min())
-        verdicts.append(
-            Verdict(
-                claim=f"{method} reaches {_LEARNED:.0%} of the optimum in every run",
-                holds=lowest >= _LEARNED,
-                evidence=f"lowest return {lowest:.3f}",
+    games, sizes = (list(dict.fromkeys(found[name])) for name in ("game", "agents"))
+
+    def rewards(game: str, *methods: str, less_chance: bool = False) -> dict[str, Estimate]:
+        return {
+            f"{method}, {size} agents": estimate([
+                value - (levels(game, size)[0] if less_chance else 0)
+                for value in select(found, _REWARD, game=game, agents=size, method=method)
+            ])
+            for method in methods
+            for size in sizes
+        }
+
+    def gaps(game: str, figure: str, method: str, other: str) -> dict[str, Estimate]:
+        return {
+            f"{size} agents": difference(
+                select(found, figure, game=game, agents=size, method=method),
+                select(found, figure, game=game, agents=size, method=other),
             )
+            for size in sizes
+        }
+
+    verdicts = []
+    if "specialisation" in games:
+        verdicts += [
+            judge(
+                "specialisation: fups, which can't tell agents apart, does no better than chance "
+                f"by more than {AT_CHANCE} (for 2 agents the paper's theorem 1: at most 0.75)",
+                rewards("specialisation", "fups", less_chance=True),
+                below=AT_CHANCE,
+            ),
+            judge(
+                f"specialisation: all other methods reach {LEARNED:.0%} of the optimum",
+                rewards("specialisation", *METHODS[1:]),
+                above=LEARNED,
+            ),
+        ]
+    verdicts += [
+        judge(
+            f"{game}: fups reaches {LEARNED:.0%} of the optimum",
+            rewards(game, "fups"),
+            above=LEARNED,
         )
-    shared = found[found["method"] == "fups"]
-    chance = shared["agents"].map(lambda agents: chance_return(agents, agents))
-    gap = float((shared["return"] - chance).abs().max())
-    verdicts.append(
-        Verdict(
-            claim=f"fups, which can't tell agents apart, stays within {_AT_CHANCE} of chance "
-            "in every run",
-            holds=gap <= _AT_CHANCE,
-            evidence=f"largest distance {gap:.3f}",
-        )
-    )
+        for game in games
+        if game.startswith("synchronisation")
+    ]
+    if (game := "specialisation-temporal") in games:
+        verdicts += [
+            judge(
+                f"{game}: {method} earns more than fups-id",
+                gaps(game, _REWARD, method, "fups-id"),
+                above=0,
+                form="+.3f",
+            )
+            for method in ("nops", "hypermarl", "fups-id-nostate")
+        ]
+        verdicts += [
+            judge(
+                f"{game}: {method}",
+                gaps(game, _CONFLICT, "fups-id", other),
+                above=0,
+                form="+.3f",
+            )
+            for other, method in (
+                (
+                    "fups-id-nostate",
+                    "that the policy sees the observation beside the ID raises conflict in the "
+                    "trained parameters",
+                ),
+                (
+                    "hypermarl",
+                    "there is more conflict in the trained parameters of fups-id than of hypermarl",
+                ),
+            )
+        ]
     return verdicts
 
 
 SPECIALISATION = Study(
     name="specialisation",
-    question="Which sharing schemes learn to specialise in the stateless Specialisation game?",
-    budgets={"quick": _runs((2, 4), 1), "standard": _runs((2, 4, 8), 5)},
-    caption="Each cell: mean over seeds (smallest to largest seed). Return: sampled, mean over the "
-    "last tenth of the updates; 1 is the optimum. Chance: uniformly random play, 1 - (1 - 1/N)^N "
-    "for N agents. All the same: 1/N. Conflict rate and mean cosine: plug-in figures of the actor's"
-    " g_i in psi-space over all pairs, mean over the diagnosed updates. Seconds: of updates, on "
-    "one thread.",
-    report=_report,
+    question="Which sharing schemes learn to specialise and to synchronise, and do their "
+    "gradients conflict?",
+    budgets={
+        "quick": _sweep((4,), 5, 60_000, 6),
+        "standard": _sweep((2, 4, 8, 16), 10, 200_000, 10),
+        "full": _sweep((2, 4, 8, 16), 30, 1_000_000, 20),
+    },
+    about="Interquartile means over seeds with 95 % percentile bootstrap intervals (none for fewer "
+    "than 5 seeds). Reward: per step and agent, actions drawn, mean over the last tenth of the "
+    "updates; 1 is the optimum. Chance: all draw uniformly at random. All the same: all always act "
+    "alike. The rest is of the actor, mean over the diagnosed updates: shares of agent pairs told "
+    "to be in conflict at a false discovery rate of 5 %, of g_i in psi-space and of Z_i in "
+    "theta-space; mean plug-in cosine over pairs, as the paper reports it, which noise that agents "
+    "share can turn; mean plug-in norm of g_i; variance of Z_i over its squared length, ratio of "
+    "means over updates and agents; coordinate variance, what the paper's code calls gradient "
+    "variance (docs/variance.md).\n\nNot as in the paper: trained by PPO with a learned baseline "
+    "and gradlab's default settings, all methods with the same policy network (64, 64), while the "
+    "official trainer uses REINFORCE, gives nops 64/N hidden units, computes returns over the "
+    "rewards of all agents interleaved, consumes a queue that lags behind, and multiplies each "
+    "sample's weights with all samples' states for HyperMARL; evaluates greedily, where fups in "
+    "the Specialisation game earns 1/N instead of chance; and returns the mean cosine with its "
+    "sign turned.",
+    read=read,
 )

@@ -1,40 +1,28 @@
-"""What a study is, and how it is run: trainings side by side or a simulation, then one report."""
+"""What a study is, and how it is run: a sweep or a simulation, then one report."""
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
+import yaml
 
-from gradlab.checks import check
-from gradlab.run import Run, open_run
-from gradlab.run_writer import is_run, write_atomically
-from trainers.config import TrainConfig
-from trainers.train import check_same_settings, train_settings
+from analyses.studies.verdict import Verdict
+from gradlab.checks import Failed, check
+from gradlab.run import Run
+from gradlab.run_writer import write_atomically
+from trainers.sweeps import Sweep, find_sweep, make_engine, plan_runs, run_sweep
 
 Progress = Callable[[int, int], None]
 """Told of the parts done and the parts there are."""
 
+Budget = Literal["quick", "standard", "full"]
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What a study says of one claim.
-
-    Attributes:
-        claim: The claim.
-        holds: Whether the runs support it.
-        evidence: The numbers that say so.
-    """
-
-    claim: str
-    holds: bool
-    evidence: str
+RUNS, REPORT = "runs", "report"
+"""Folders of a study: what it trained, and what it says of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,47 +30,35 @@ class Findings:
     """What a study finds.
 
     Attributes:
-        table: Its numbers.
+        shown: Its numbers as the report shows them.
         verdicts: What they say of each claim.
+        tables: Numbers for other programs, by name.
         figures: SVG files by name.
     """
 
-    table: pd.DataFrame
+    shown: pd.DataFrame
     verdicts: Sequence[Verdict]
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     figures: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A question, the runs that answer it, and how they are read.
+    """A question, the sweep that answers it, and how it is read.
 
     Attributes:
         name: Its registered name.
         question: What is asked, in one sentence.
-        budgets: Settings of each run, by run name, for each budget.
-        caption: What the report's numbers are.
-        report: Reads the runs by name.
+        budgets: The sweep for each budget, as `plan_runs` takes it.
+        about: What the report's numbers are, and where they are not the paper's.
+        read: Reads the runs that are done.
     """
 
     name: str
     question: str
-    budgets: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    caption: str
-    report: Callable[[Mapping[str, Run]], Findings]
-
-
-def over_last_tenth(run: Run, quantity: str) -> float:
-    """Mean of a recorded scalar over the last tenth of a training's updates.
-
-    Args:
-        run: A finished run.
-        quantity: Its name.
-
-    Returns:
-        The mean over the updates that have it.
-    """
-    values = run.quantity(quantity).to_numpy()
-    return float(np.nanmean(values[-max(1, len(values) // 10) :]))
+    budgets: Mapping[Budget, Mapping[str, Any]]
+    about: str
+    read: Callable[[Sequence[Run]], Findings]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +69,15 @@ class Simulation:
         name: Its registered name.
         question: What is asked, in one sentence.
         budgets: Number of draws for each budget.
-        caption: What the report's numbers are.
-        report: Makes the draws.
+        about: What the report's numbers are.
+        draw: Makes the draws.
     """
 
     name: str
     question: str
-    budgets: Mapping[str, int]
-    caption: str
-    report: Callable[[int, Progress], Findings]
+    budgets: Mapping[Budget, int]
+    about: str
+    draw: Callable[[int, Progress], Findings]
 
 
 def run_study(
@@ -109,63 +85,52 @@ def run_study(
     budget: str,
     out: Path,
     *,
-    workers: int = 2,
+    train: Callable[[Sweep], None] = lambda sweep: run_sweep(sweep, make_engine("local")),
     progress: Progress = lambda *_: None,
-) -> str:
+) -> Path:
     """Train what is missing or cut off, or make all draws, and write the report.
 
     Args:
         study: The study.
         budget: One of its budgets.
-        out: Folder of its runs; the report is written to `report.md` in it, figures beside it.
-        workers: Number of trainings at once, each a process of its own.
-        progress: Told, each time a run is done, of the runs done and the runs there are.
+        out: Its folder: runs go to `runs` in it, the report and what belongs to it to `report`.
+        train: Trains the runs of a sweep that are not done; by default on this machine's cores. If
+            some fail, the report is of the others, and says so.
+        progress: Told of a simulation's draws.
 
     Returns:
-        The report in Markdown.
+        The report, in Markdown.
 
     Raises:
         UsageError: If there is no such budget, or a folder holds a run with other settings.
+        Failed: If no run is done.
     """
-    check(budget in study.budgets, "budget", f"be one of {', '.join(study.budgets)}", budget)
+    budgets: Mapping[Any, Any] = study.budgets
+    check(budget in budgets, "budget", f"be one of {', '.join(budgets)}", budget)
     if isinstance(study, Simulation):
-        findings = study.report(study.budgets[budget], progress)
+        findings, of_runs = study.draw(budgets[budget], progress), []
     else:
-        findings = study.report(_trained(study.budgets[budget], out, workers, progress))
-    out.mkdir(parents=True, exist_ok=True)
+        sweep = find_sweep(plan_runs(budgets[budget]), out / RUNS)
+        train(sweep)
+        done = list(sweep.open().values())
+        if not done:
+            raise Failed(f"no run of the study is done, so there is nothing to report: {out}")
+        findings, of_runs = study.read(done), _of_runs(sweep, done, budgets[budget])
+    folder = out / REPORT
+    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in findings.figures.items():
-        write_atomically(out / name, figure.encode())
-    text = _markdown(study, budget, findings)
-    write_atomically(out / "report.md", text.encode())
-    return text
+        write_atomically(folder / f"{name}.svg", figure.encode())
+    for name, table in findings.tables.items():
+        write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
+    report = folder / f"{study.name}.md"
+    write_atomically(report, _markdown(study, budget, findings, of_runs).encode())
+    return report
 
 
-def _trained(
-    runs: Mapping[str, Mapping[str, Any]], out: Path, workers: int, progress: Progress
-) -> dict[str, Run]:
-    for name, settings in runs.items():
-        if is_run(out / name):
-            check_same_settings(TrainConfig.model_validate(settings), out / name)
-    missing = [name for name in runs if not _is_done(out / name)]
-    progress(len(runs) - len(missing), len(runs))
-    # Forked copies of a process that has used torch's threads can hang.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        waiting = [pool.submit(train_settings, dict(runs[name]), out / name) for name in missing]
-        for count, future in enumerate(as_completed(waiting), start=1):
-            future.result()
-            progress(len(runs) - len(missing) + count, len(runs))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return {name: open_run(out / name) for name in runs}
-
-
-def _is_done(folder: Path) -> bool:
-    return is_run(folder) and open_run(folder).state == "done"
-
-
-def _markdown(study: Study | Simulation, budget: str, findings: Findings) -> str:
-    table = findings.table
+def _markdown(
+    study: Study | Simulation, budget: str, findings: Findings, of_runs: Sequence[str]
+) -> str:
+    shown = findings.shown
     packages = ", ".join(f"{name} {version(name)}" for name in ("gradlab", "torch", "vmas"))
     lines = [
         f"# {study.question}",
@@ -173,17 +138,54 @@ def _markdown(study: Study | Simulation, budget: str, findings: Findings) -> str
         f"Printed by `gradlab study {study.name} --budget {budget}` with {packages}, "
         f"Python {platform.python_version()}.",
         "",
-        "| " + " | ".join(map(str, table.columns)) + " |",
-        "|" + " --- |" * len(table.columns),
-        *("| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)),
+        *(f"- {verdict}" for verdict in findings.verdicts),
         "",
-        *(line for name in findings.figures for line in (f"![{study.question}]({name})", "")),
-        study.caption,
+        *(line for name in findings.figures for line in (f"![{name}]({name}.svg)", "")),
+        "| " + " | ".join(map(str, shown.columns)) + " |",
+        "|" + " --- |" * len(shown.columns),
+        *("| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False)),
         "",
-        *(
-            f"- **{'supported' if v.holds else 'not supported'}**: {v.claim} ({v.evidence})"
-            for v in findings.verdicts
-        ),
+        study.about,
+        "",
+        *(f"Numbers: [{name}.csv]({name}.csv)\n" for name in findings.tables),
+        *of_runs,
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _of_runs(sweep: Sweep, done: Sequence[Run], document: Mapping[str, Any]) -> list[str]:
+    """Design, seeds and cost, and what is missing."""
+    frames = sum(float(run.quantity("frames")[-1]) for run in done)
+    hours = sum(float(run.quantity("seconds").sum()) for run in done) / 3600
+    seeds = sorted({run.info["seed"] for run in done})
+    lines = [
+        "## Design and cost",
+        "",
+        f"{len(done)} runs, seeds {', '.join(map(str, seeds))}; {frames:,.0f} frames in "
+        f"{hours:.2f} hours of training, each run on one thread. The sweep "
+        "(`gradlab sweep` takes it as it stands):",
+        "",
+        "```yaml",
+        yaml.safe_dump(
+            _plain(document), sort_keys=False, default_flow_style=None, width=96
+        ).rstrip(),
+        "```",
         "",
     ]
-    return "\n".join(lines)
+    missing = {name: s for name, s in sweep.states.items() if s.kind not in {"kept", "done"}}
+    if missing:
+        lines += [
+            f"**{len(missing)} of {len(sweep.states)} runs are missing**, so that seeds are not "
+            "equal between methods:",
+            "",
+            *(f"- {name}: {state.kind} {state.cause}".rstrip() for name, state in missing.items()),
+            "",
+        ]
+    return lines
+
+
+def _plain(value: object) -> object:
+    """Mappings and sequences as YAML writes them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inside) for key, inside in value.items()}
+    return [_plain(inside) for inside in value] if isinstance(value, (list, tuple)) else value

@@ -188,7 +188,17 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("study", help="answer a question of the literature by training")
     add.add_argument("name", metavar="NAME", help="a study's name, or list")
-    add.add_argument("--budget", default="quick", help="quick (default) or standard")
-    add.add_argument("--out", type=Path, metavar="DIR", help="folder of its runs")
+    add.add_argument(
+        "--budget",
+        default="quick",
+        help="quick (default): minutes on two cores; standard: a night; full: the paper's",
+    )
+    add.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of its runs and report (default: one in runs/studies)",
+    )
+    sweep.add_engine(add)
     add.set_defaults(command=study.study, parser=add)
     return parser

@@ -1,12 +1,19 @@
 """The command that runs studies."""
 
 import argparse
-import os
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gradlab.checks import Failed
+from gradlab.cli.sweep import train_all
+
+if TYPE_CHECKING:
+    from trainers.sweeps import Sweep
 
 
 def study(options: argparse.Namespace) -> None:
@@ -14,6 +21,9 @@ def study(options: argparse.Namespace) -> None:
 
     Args:
         options: The parsed command line.
+
+    Raises:
+        Failed: If runs failed; the report is then of the others.
     """
     from analyses.studies import STUDIES, run_study
 
@@ -23,20 +33,34 @@ def study(options: argparse.Namespace) -> None:
         return
     chosen = STUDIES[options.name]
     out = options.out or Path("runs", "studies", f"{chosen.name}-{options.budget}")
+    words = ["gradlab", "study", chosen.name, "--budget", options.budget, "--out", str(out)]
+    failures: list[Failed] = []
+
+    def train(sweep: "Sweep") -> None:
+        try:
+            train_all(sweep, options, shlex.join(words))
+        except Failed as failure:
+            failures.append(failure)
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("runs"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns) as bar:
-        task = bar.add_task(chosen.name, total=None)
+    bar = Progress(*columns)
+    task = bar.add_task(chosen.name, total=None)
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+    def progress(done: int, total: int) -> None:
+        bar.start()  # only of a simulation: trainings have a view of their own
+        bar.update(task, completed=done, total=total)
 
-        workers = os.cpu_count() or 1
-        text = run_study(chosen, options.budget, out, workers=workers, progress=progress)
-    Console().print(Markdown(text))
-    print(f"Report: {out / 'report.md'}")
+    try:
+        report = run_study(chosen, options.budget, out, train=train, progress=progress)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+    Console().print(Markdown(report.read_text(encoding="utf-8")))
+    print(f"Report: {report}")
+    if failures:
+        raise failures[0]

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sqlite3
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,9 +16,7 @@ from gradlab.checks import Failed, UsageError
 from gradlab.cli.stopping import Stopped, stop_on_signal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from trainers.sweeps import Engine, PlannedRun, State, Sweep
+    from trainers.sweeps import State, Sweep
 
 _ENDED = ("done", "stopped", "failed", "died")
 
@@ -58,7 +57,7 @@ def sweep(options: argparse.Namespace) -> None:
         _print_list(found)
         return
     words = ["gradlab", "sweep", str(options.file), *(["--out", str(out)] if options.out else [])]
-    train_all(found, engine_of(options, runs), shlex.join(words))
+    train_all(found, options, shlex.join(words))
     print(f"Runs: {out}\nDashboard: gradlab dashboard {out} --serve")
 
 
@@ -69,36 +68,24 @@ def _print_list(sweep: "Sweep") -> None:
     Console().print(shown)
 
 
-def engine_of(options: argparse.Namespace, runs: "Sequence[PlannedRun]") -> "Engine":
-    """Make the engine that the options ask for.
-
-    Args:
-        options: The parsed command line.
-        runs: What it is to train.
-
-    Returns:
-        The engine.
-    """
-    from trainers.sweeps import make_engine
-
-    threads = max((run.config.threads for run in runs), default=1)
-    return make_engine(options.engine, threads=threads, jobs=options.jobs, address=options.address)
-
-
-def train_all(sweep: "Sweep", engine: "Engine", again: str) -> None:
+def train_all(sweep: "Sweep", options: argparse.Namespace, again: str) -> None:
     """Train all runs of a sweep that are not done, and show how they stand.
 
     Args:
         sweep: The sweep.
-        engine: What trains.
+        options: The parsed command line, which says where they run.
         again: The command that goes on with what is not done.
 
     Raises:
         Stopped: If it was asked to stop.
         Failed: If a run failed.
     """
-    from trainers.sweeps import run_sweep
+    from trainers.sweeps import make_engine, run_sweep
 
+    threads = max(run.config.threads for run in sweep.runs.values())
+    engine = make_engine(
+        options.engine, threads=threads, jobs=options.jobs, address=options.address
+    )
     with _View(sweep) as view, stop_on_signal() as stop:
         run_sweep(sweep, engine, watch=view.show, stop=stop)
         stopped = stop()
@@ -185,7 +172,7 @@ class _View:
                 run = open_run(sweep.folders[name])
                 frames = last_number(run, "frames")
                 last = last_number(run, "episode_return")
-        except UsageError:  # half made as yet
+        except (UsageError, OSError, sqlite3.Error):  # half made as yet
             return
         if frames == frames:
             self._bar.update(

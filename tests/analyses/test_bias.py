@@ -2,6 +2,7 @@ import dataclasses
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 from synthetic import products_of
 
@@ -39,15 +40,16 @@ def test_draws_have_the_stated_truth(cosine, copies):
 
 def test_study_reports_what_it_draws(tmp_path):
     study, told = dataclasses.replace(STUDIES["bias"], budgets={"quick": 20}), []
-    text = run_study(study, "quick", tmp_path, progress=lambda *n: told.append(n))
+    report = run_study(study, "quick", tmp_path, progress=lambda *n: told.append(n))
+    text = report.read_text()
     assert told[0] == (0, len(COSINES) * len(COPIES))
     assert told[-1] == (len(COSINES) * len(COPIES),) * 2
-    assert (tmp_path / "report.md").read_text() == text
     assert sum(line.startswith(("| -0.3 |", "| 0.0 |")) for line in text.splitlines()) == told[0][1]
     assert "](bias.svg)" in text
-    ElementTree.parse(tmp_path / "bias.svg")
+    ElementTree.parse(report.parent / "bias.svg")
+    assert len(pd.read_csv(report.parent / "bias.csv")) == told[0][1]
     assert "**supported**: noise that agents share gives the naive cosine the wrong sign" in text
-    assert run_study(study, "quick", tmp_path) == text  # seeds are fixed
+    assert run_study(study, "quick", tmp_path).read_text() == text  # seeds are fixed
 
 
 def test_command_lists_the_study(capsys):
@@ -76,6 +78,6 @@ def test_chart_draws_points_to_scale_and_leaves_out_what_is_unknown():
 
 @pytest.mark.slow
 def test_all_claims_hold(tmp_path):
-    text = run_study(STUDIES["bias"], "standard", tmp_path)
+    text = run_study(STUDIES["bias"], "standard", tmp_path).read_text()
     assert "not supported" not in text
     assert text.count("**supported**") == 6

@@ -168,7 +168,7 @@ def test_run_killed_in_a_sweep_ends_to_the_same_bits_and_one_that_fails_holds_no
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("trainers.sweeps.run._LOOK", 0.01)  # to be there before it has ended
-    long = TINY | {"frames": 64 * 300}
+    long = TINY | {"frames": 64 * 200}
     document = {
         "settings": long,
         "grid": {"method": ["fups-id"], "seed": [0]},
@@ -191,7 +191,7 @@ def test_run_killed_in_a_sweep_ends_to_the_same_bits_and_one_that_fails_holds_no
 
     run_sweep(sweep, LocalEngine(slots=2), watch=watch)
     assert killed
-    assert killed[0] < 299
+    assert killed[0] < 199
     assert [state.kind for state in sweep.states.values()] == ["done", "failed", "done"]
     assert "Unknown argument" in sweep.states[fails].cause
     assert "\n" not in sweep.states[fails].cause

@@ -74,7 +74,7 @@ class LocalEngine(Engine):
             del self._running[name]
             try:
                 state = receiver.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 state = State(kind="died", cause=_cause(process.exitcode))
             receiver.close()
             process.close()

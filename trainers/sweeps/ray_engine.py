@@ -1,6 +1,7 @@
 """Trainings on a Ray cluster, or on this machine by Ray; all nodes see the same folders."""
 
 import importlib
+import logging
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +30,12 @@ class RayEngine(Engine):
         self._ray: Any = importlib.import_module("ray")
         here = {} if address else {"num_cpus": jobs and jobs * threads, "include_dashboard": False}
         try:
-            self._ray.init(address=address or "local", log_to_driver=False, **here)
+            self._ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **here,
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             cause = " ".join(str(error).split())
             raise UsageError(f"the Ray cluster at {address} can't be used: {cause}.") from None

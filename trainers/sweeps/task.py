@@ -55,8 +55,9 @@ def train_task(task: Task, stop: Callable[[], bool] = lambda: False) -> State:
     Returns:
         "done", "stopped" or "failed"; what goes wrong is no exception but a cause.
     """
+    said = task.folder / OUTPUT
     task.folder.mkdir(parents=True, exist_ok=True)
-    with (task.folder / OUTPUT).open("a", encoding="utf-8", buffering=1) as output:
+    with said.open("a", encoding="utf-8", buffering=1) as output:
         try:
             finished = train_run(
                 TrainConfig.model_validate(task.settings),
@@ -69,9 +70,11 @@ def train_task(task: Task, stop: Callable[[], bool] = lambda: False) -> State:
             return State(kind="failed", cause=str(error))
         except Exception as error:  # whatever it is, the other runs go on
             traceback.print_exc(file=output)
-            said = " ".join(str(error).split())[:300]
-            cause = f"{type(error).__name__}: {said}; see {task.folder / OUTPUT}"
+            message = " ".join(str(error).split())[:300]
+            cause = f"{type(error).__name__}: {message}; see {said}"
             return State(kind="failed", cause=cause)
+    if not said.stat().st_size:
+        said.unlink()
     return State(kind="done" if finished else "stopped")
 
 

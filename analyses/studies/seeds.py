@@ -1,0 +1,169 @@
+"""From runs to one row of numbers each, and from rows to estimates across seeds."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from analyses.aggregate import across_seeds, difference_across_seeds
+from analyses.studies.verdict import Estimate
+from gradlab.run import Run
+
+FEWEST = 5
+"""Seeds that an interval takes at least: of fewer, resampling them says too little."""
+
+_WHOLE_ACTOR = {"network": "actor", "layer": "all"}
+
+
+def over_last_tenth(run: Run, quantity: str) -> float:
+    """Mean of a recorded scalar over the last tenth of a training's updates.
+
+    Args:
+        run: A finished run.
+        quantity: Its name.
+
+    Returns:
+        The mean over the updates that have it, NaN if none does.
+    """
+    values = run.quantity(quantity).to_numpy()
+    return _mean(values[-max(1, len(values) // 10) :])
+
+
+def over_training(run: Run, quantity: str, space: str | None = None) -> float:
+    """Mean of a diagnosed quantity of the whole actor over all diagnosed updates, and agents.
+
+    Args:
+        run: A run with diagnostics.
+        quantity: Its name.
+        space: "psi" or "theta", of a quantity that has both.
+
+    Returns:
+        The mean of what is known, NaN if nothing is.
+    """
+    found = run.quantity(quantity)
+    where = {**_WHOLE_ACTOR, "space": space}
+    return _mean(found.sel({axis: where[axis] for axis in where if axis in found.dims}).to_numpy())
+
+
+def ratio_over_training(run: Run, part: str, whole: str, space: str) -> float:
+    """Ratio of two diagnosed quantities of the whole actor, each a mean as `over_training` is.
+
+    A ratio of means has less bias than a mean of ratios, and needs no single one to be known.
+
+    Args:
+        run: A run with diagnostics.
+        part: The dividend's name.
+        whole: The divisor's name.
+        space: "psi" or "theta".
+
+    Returns:
+        The ratio, NaN if the divisor is not above 0.
+    """
+    below = over_training(run, whole, space)
+    return over_training(run, part, space) / below if below > 0 else float("nan")
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Interquartile mean over seeds and its 95 % bootstrap interval.
+
+    Args:
+        values: One number for each seed.
+
+    Returns:
+        The estimate, without an interval for fewer than `FEWEST` seeds.
+    """
+    if not len(values):
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    return _as_estimate(across_seeds(_column(values)), len(values))
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
+    """Difference of two groups' interquartile means and its 95 % bootstrap interval.
+
+    Args:
+        values: One number for each seed of one group.
+        others: One number for each seed of the other.
+
+    Returns:
+        First less second, without an interval if a group has fewer than `FEWEST` seeds.
+    """
+    if not len(values) or not len(others):
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    found = difference_across_seeds(_column(values), _column(others))
+    return _as_estimate(found, min(len(values), len(others)))
+
+
+def _column(values: Sequence[float]) -> np.ndarray:
+    return np.asarray(values, dtype=float)[:, None]
+
+
+def _as_estimate(found: tuple[np.ndarray, np.ndarray, np.ndarray], seeds: int) -> Estimate:
+    value, low, high = (float(array[0]) for array in found)
+    unknown = float("nan")
+    return Estimate(value, low, high) if seeds >= FEWEST else Estimate(value, unknown, unknown)
+
+
+def select(found: pd.DataFrame, figure: str, **where: object) -> list[float]:
+    """Look up a number of some runs, those where it is known.
+
+    Args:
+        found: One row for each run.
+        figure: The number's column.
+        **where: Values of other columns.
+
+    Returns:
+        One number for each run.
+    """
+    kept = np.logical_and.reduce([found[name] == value for name, value in where.items()])
+    return found.loc[kept, figure].dropna().tolist()
+
+
+def estimates(found: pd.DataFrame, by: Sequence[str], figures: Mapping[str, str]) -> pd.DataFrame:
+    """Estimate each number in each group of runs.
+
+    Args:
+        found: One row for each run.
+        by: Columns whose values make a group.
+        figures: Formats of the columns with numbers, by name.
+
+    Returns:
+        Columns `by`, figure, seeds, value, low, high, text; one row for each group and figure.
+    """
+    rows = []
+    for group, runs in found.groupby(list(by), sort=False):
+        labels = dict(zip(by, group if isinstance(group, tuple) else (group,), strict=True))
+        for figure, form in figures.items():
+            values = runs[figure].dropna().tolist()
+            number = estimate(values)
+            rows.append(
+                labels
+                | {"figure": figure, "seeds": len(values), **number._asdict()}
+                | {"text": number.text(form)}
+            )
+    return pd.DataFrame(rows)
+
+
+def side_by_side(table: pd.DataFrame, by: Sequence[str], across: str) -> pd.DataFrame:
+    """Lay estimates out for reading: a row for each group and figure, a column for each method.
+
+    Args:
+        table: What `estimates` returned.
+        by: Columns that make a row, with the figure.
+        across: The column whose values become columns.
+
+    Returns:
+        Texts.
+    """
+    rows: dict[tuple[object, ...], dict[str, object]] = {}
+    columns = list(dict.fromkeys(table[across]))
+    for entry in table.to_dict("records"):
+        key = tuple(entry[name] for name in (*by, "figure"))
+        row = rows.setdefault(key, dict(zip((*by, "figure"), key, strict=True)))
+        row[str(entry[across])] = entry["text"]
+    shown = pd.DataFrame(list(rows.values()), columns=[*by, "figure", *map(str, columns)])
+    return shown.fillna("")

@@ -1,0 +1,230 @@
+"""Does HyperMARL's policy gradient vary less, and by more than its size alone explains?"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analyses.studies.chart import Line, Panel, chart
+from analyses.studies.seeds import (
+    difference,
+    estimates,
+    over_last_tenth,
+    over_training,
+    ratio_over_training,
+    select,
+    side_by_side,
+)
+from analyses.studies.study import Findings, Study
+from analyses.studies.verdict import Estimate, Verdict, judge
+from gradlab.run import Run
+from trainers.config import TrainConfig
+from trainers.description import describe_networks
+from trainers.loop import Trainer
+
+METHODS = ("fups-id", "nops", "hypermarl-linear", "hypermarl")
+
+_COORDINATE = "coordinate variance"
+_SIZE = "trained parameters"
+_OF_Z = "normalised variance of Z"
+_FIGURES = {
+    "reward": ".3f",
+    _COORDINATE: ".2e",
+    _SIZE: ",.0f",
+    _OF_Z: ".3g",
+    "normalised variance of g": ".3g",
+    "squared length of Z": ".2e",
+    "variance of the mean Z": ".2e",
+}
+_BY = ("environment", "method")
+_REFERENCE = "fups-id"
+
+_SMALL = {
+    "diagnostics": "full",
+    "copies": 64,
+    "steps": 32,
+    "ppo": {"epochs": 4, "minibatches": 4, "learning_rate": 5e-4},
+    "network": {"hidden": [64, 64]},
+    "evaluation": {"every": 0},
+}
+"""Settings that keep the smaller budgets small, over the paper's."""
+
+
+def _sweep(settings: dict[str, Any], seeds: int) -> dict[str, Any]:
+    return {
+        "settings": settings,
+        "grid": {
+            "preset": ["dispersion", "navigation-4ag-different"],
+            "method": list(METHODS),
+            "seed": list(range(seeds)),
+        },
+    }
+
+
+@cache
+def _trained(config: str) -> int:
+    """How many parameters the actors have, of all agents together."""
+    trainer = Trainer(TrainConfig.model_validate_json(config))
+    return sum(x.psi for x in describe_networks(trainer) if x.network == "actor")
+
+
+def trained_parameters(run: Run) -> int:
+    """Count the parameters that are trained for the policies of all agents together.
+
+    Args:
+        run: A run.
+
+    Returns:
+        Their number: how many coordinates the coordinate variance is over.
+    """
+    # The seed makes no difference, and runs of other seeds need not be made anew.
+    return _trained(json.dumps(run.config | {"seed": 0, "log": []}, sort_keys=True))
+
+
+def _row(run: Run) -> dict[str, Any]:
+    return {
+        "environment": run.environment,
+        "method": run.method,
+        "seed": int(run.info["seed"]),
+        "reward": over_last_tenth(run, "reward_per_step"),
+        _COORDINATE: over_training(run, "coordinate_variance"),
+        _SIZE: trained_parameters(run),
+        _OF_Z: ratio_over_training(run, "variance_mean", "squared_norm_debiased", "theta"),
+        "normalised variance of g": ratio_over_training(
+            run, "variance_mean", "squared_norm_debiased", "psi"
+        ),
+        "squared length of Z": over_training(run, "squared_norm_debiased", "theta"),
+        "variance of the mean Z": over_training(run, "variance_mean", "theta"),
+    }
+
+
+def read(runs: Sequence[Run]) -> Findings:
+    """Read the study's runs.
+
+    Args:
+        runs: Those that are done.
+
+    Returns:
+        Variances, the paper's and ours, of every environment and method.
+    """
+    found = pd.DataFrame([_row(run) for run in runs])
+    table = estimates(found, _BY, _FIGURES)
+    return Findings(
+        shown=side_by_side(table, _BY[:1], "method"),
+        verdicts=_verdicts(found),
+        tables={"variance": table.drop(columns="text"), "variance-runs": found},
+        figures={"variance": _figure(found)},
+    )
+
+
+def _orders(
+    found: pd.DataFrame, figure: str, environment: str, method: str, other: str
+) -> Estimate:
+    """How many powers of ten a method's number lies above another's."""
+    logs = [
+        np.log10(select(found, figure, environment=environment, method=name))
+        for name in (method, other)
+    ]
+    return difference(*(values.tolist() for values in logs))
+
+
+def _size_orders(found: pd.DataFrame, environment: str, method: str, other: str) -> float:
+    sizes = [select(found, _SIZE, environment=environment, method=name) for name in (method, other)]
+    return float(np.log10(sizes[0][0] / sizes[1][0])) if all(sizes) else float("nan")
+
+
+def _verdicts(found: pd.DataFrame) -> list[Verdict]:
+    environments = list(dict.fromkeys(found["environment"]))
+
+    def orders(figure: str, method: str, other: str) -> dict[str, Estimate]:
+        return {name: _orders(found, figure, name, method, other) for name in environments}
+
+    verdicts = []
+    for method in ("hypermarl-linear", "hypermarl"):
+        of_code = orders(_COORDINATE, _REFERENCE, method)
+        beyond = {
+            name: Estimate(*(x - _size_orders(found, name, method, _REFERENCE) for x in estimate))
+            for name, estimate in of_code.items()
+        }
+        verdicts += [
+            judge(
+                f"by the paper's measure {method}'s policy gradient varies less than "
+                f"{_REFERENCE}'s (powers of ten)",
+                of_code,
+                above=0,
+                form="+.2f",
+            ),
+            judge(
+                "that reduction is more than the ratio of the numbers of trained parameters "
+                f"(powers of ten beyond it, {method})",
+                beyond,
+                above=0,
+                form="+.2f",
+            ),
+        ]
+        verdicts += [
+            judge(
+                f"relative to its squared length, {method}'s Z_i varies less than {other}'s "
+                "(powers of ten)",
+                orders(_OF_Z, other, method),
+                above=0,
+                form="+.2f",
+            )
+            for other in (_REFERENCE, "nops")
+        ]
+    return verdicts
+
+
+def _figure(found: pd.DataFrame) -> str:
+    methods = list(dict.fromkeys(found["method"]))
+    panels = []
+    for environment in dict.fromkeys(found["environment"]):
+        lines = []
+        for figure in (_COORDINATE, _OF_Z):
+            values = [_orders(found, figure, environment, m, _REFERENCE) for m in methods]
+            lines.append(
+                Line(
+                    name=figure,
+                    values=[x.value for x in values],
+                    low=[x.low for x in values],
+                    high=[x.high for x in values],
+                )
+            )
+        size = [-_size_orders(found, environment, method, _REFERENCE) for method in methods]
+        lines.append(Line(name="1 / trained parameters", values=size, dashed=True))
+        panels.append(
+            Panel(
+                title=f"{environment}: log10 of the ratio to {_REFERENCE}",
+                lines=lines,
+                ticks=(-3.0, -2.0, -1.0, 0.0, 1.0),
+                marks=(0.0,),
+            )
+        )
+    return chart(panels, methods, "method")
+
+
+VARIANCE = Study(
+    name="variance",
+    question="Does HyperMARL's policy gradient vary less, and by more than its size explains?",
+    budgets={
+        "quick": _sweep(_SMALL | {"frames": 40_960, "every": 4}, 5),
+        "standard": _sweep(_SMALL | {"frames": 1_000_000, "every": 20}, 10),
+        "full": _sweep({"diagnostics": "full", "every": 20, "evaluation": {"every": 0}}, 10),
+    },
+    about="Interquartile means over seeds with 95 % percentile bootstrap intervals (none for fewer "
+    "than 5 seeds); of the verdicts and the figure, differences of the logarithms. All of the "
+    "actor, means over the diagnosed updates; normalised variances are ratios of such means, over "
+    "agents and updates. Coordinate variance is the paper's measure as its code has it: over the "
+    "coordinates of the one gradient of all agents, and so about its squared length over the "
+    "number of trained parameters: a network with more of them has less, whatever its gradient "
+    "does. Z_i has the same size for all methods; its variance is that of the mean over "
+    "environment copies, and divided by its squared length a smaller gradient does not count as "
+    "less noise (docs/variance.md). J_i of all these methods is given by the agent alone, so that "
+    "it adds no noise. Reward: per step and agent.\n\nNot as in the paper (but for `--budget "
+    "full`): fewer frames, copies and steps, and equal networks (64, 64) and settings of PPO for "
+    "both scenarios; numbered actions of Dispersion are VMAS's 9.",
+    read=read,
+)
