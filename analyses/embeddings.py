@@ -6,7 +6,6 @@ anew at each update, started from the one before; its distances, sizes and gaps 
 """
 
 import warnings
-from importlib.util import find_spec
 
 import numpy as np
 import xarray as xr
@@ -14,7 +13,7 @@ from jaxtyping import Float, Int
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, trustworthiness
 
-from gradlab.checks import UsageError
+from gradlab.extras import require
 from gradlab.metrics.procrustes import procrustes, procrustes_path
 
 MIN_DISTINCT = 4  # below that, every arrangement in the plane is about as good as another
@@ -262,11 +261,6 @@ def mds_path(
     return position, share
 
 
-def umap_is_installed() -> bool:
-    """Tell whether `umap` can be called."""
-    return find_spec("umap") is not None
-
-
 def umap(rows: Float[np.ndarray, "agent feature"], seed: int = 0) -> Float[np.ndarray, "agent 2"]:
     """Arrange agents by UMAP (McInnes, Healy and Melville, 2018).
 
@@ -280,8 +274,7 @@ def umap(rows: Float[np.ndarray, "agent feature"], seed: int = 0) -> Float[np.nd
     Raises:
         UsageError: If umap-learn is not installed.
     """
-    if not umap_is_installed():
-        raise UsageError("UMAP needs umap-learn: pip install umap-learn")
+    require("umap", "umap", needs="UMAP needs")
     from umap import UMAP
 
     with warnings.catch_warnings():

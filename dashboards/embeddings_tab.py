@@ -16,7 +16,6 @@ from analyses.embeddings import (
     tsne,
     tsne_of_seed,
     umap,
-    umap_is_installed,
 )
 from dashboards.choices import Choices
 from dashboards.colours import OKABE_ITO, Mark
@@ -37,6 +36,7 @@ from dashboards.points import (
 from dashboards.style import QUIET, decimals, message, nothing, padded_range, rounded
 from dashboards.tables import RunTables
 from dashboards.text import for_plotly
+from gradlab.extras import installed
 
 Runs = Mapping[str, RunTables]
 
@@ -64,7 +64,7 @@ def embeddings_tab(runs: Runs) -> Tab:
         _tsne_panel(runs),
         _mds_panel(runs),
         _trajectories_panel(runs),
-        *([_umap_panel(runs)] if umap_is_installed() else []),
+        *([_umap_panel(runs)] if installed("umap") else []),
         _solid_panel(runs),
         _scree_panel(runs),
         _seeds_panel(runs),

@@ -12,6 +12,7 @@ from dashboards.style import decimals, message, rounded
 from dashboards.text import elide, for_plotly
 
 MOST_LABELLED = 10  # agents whose matrix has room for numbers
+MOST_NAMED = 16  # agents whose matrix has room for the name of each
 
 
 def matrix_figure(
@@ -61,7 +62,10 @@ def matrix_figure(
         "showline": False,
         "constrain": "domain",
         "tickangle": 0,
-        "tickfont": {"size": 12 if agents <= 16 else 9},
+        "automargin": False,  # its labels are short: measuring them is what drawing costs most
+        "tickfont": {"size": 12 if agents <= 16 else 10},
+        "tickmode": "linear",
+        "dtick": 1 + (agents - 1) // MOST_NAMED,
     }
     labelled = agents <= MOST_LABELLED
     gap = 1 if labelled else 0  # a matrix without gaps is drawn as a picture, much faster
@@ -87,7 +91,8 @@ def matrix_figure(
             "y": -0.16,
             "yanchor": "top",
             "outlinewidth": 0,
-            "nticks": 5,
+            "tickvals": [limits[0], sum(limits) / 2, limits[1]],
+            "tickformat": ".3~g",
         },
         "texttemplate": ("%{text}" if structural_zeros else f"%{{z:{form}}}") if labelled else "",
         "textfont": {"size": 13 if agents <= 6 else 10},

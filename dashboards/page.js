@@ -312,8 +312,15 @@ gradlab.show = function (page, source) {
     });
   }
 
+  function inSight(everything = false) {
+    const open = page.tabs.find((tab) => tab.name === chosen.tab).panels;
+    return page.panels.filter((panel) => open.includes(panel.id) && (everything || seen.has(panel.id)));
+  }
+
   let waiting = false;
   function schedule() {
+    // What has to be fetched is under way before the next frame begins.
+    inSight().forEach((panel) => source.parts(panel, chosen));
     if (waiting) return;
     waiting = true;
     root.dataset.drawn = "no";
@@ -324,9 +331,7 @@ gradlab.show = function (page, source) {
   }
 
   function draw(everything = false) {
-    const open = page.tabs.find((tab) => tab.name === chosen.tab).panels;
-    const now = page.panels.filter((panel) => open.includes(panel.id) && (everything || seen.has(panel.id)));
-    return Promise.all(now.map(drawPanel)).then(() => {
+    return Promise.all(inSight(everything).map(drawPanel)).then(() => {
       if (!waiting) root.dataset.drawn = "yes";
       root.dataset.ready = "yes";
     });

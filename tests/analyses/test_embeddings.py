@@ -9,7 +9,7 @@ import xarray as xr
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from analyses.embeddings import pca, tsne
+from analyses.embeddings import pca, tsne, umap
 
 
 def points(values):
@@ -179,7 +179,7 @@ def test_identical_rows_do_not_kill_the_process():
     # A segmentation fault would take the test run down with it, hence a process of its own.
     code = """
 import numpy as np, xarray as xr
-from analyses.embeddings import pca, tsne
+from analyses.embeddings import pca, tsne, umap
 for agents in (1, 2, 3, 4, 8, 30):
     for number in (0.0, 0.1, 1.0):
         p = xr.DataArray(np.full((2, agents, 16), number), dims=("update", "agent", "feature"))
@@ -200,3 +200,14 @@ def test_tsne_is_fast_enough_for_a_page():
     started = time.process_time()
     tsne(points(walk(10, 8)))
     assert time.process_time() - started < 5  # 0.4 s on an idle machine
+
+
+@pytest.mark.slow  # umap-learn compiles itself
+@pytest.mark.parametrize(("agents", "neighbours"), [(4, 3), (30, 15)])
+def test_umap_is_umap_learns_with_the_same_seed(agents, neighbours):
+    UMAP = pytest.importorskip("umap").UMAP
+    rows = walk(1, agents)[0]
+    expected = UMAP(n_neighbors=neighbours, init="random", random_state=3).fit_transform(rows)
+    found = umap(rows, seed=3)
+    np.testing.assert_array_equal(found, expected.astype(float))
+    assert np.ptp(found, axis=0).min() > 0
