@@ -10,10 +10,10 @@ from measure import write
 from trainers.sweeps import LocalEngine, find_sweep, plan_runs, run_sweep
 from trainers.sweeps.local import cores
 
-RUNS = 8
-ROUNDS = 3
+RUNS = 6
+ROUNDS = 2
 DOCUMENT = {
-    "settings": {"env": "specialisation", "agents": 4, "method": "hypermarl", "frames": 60_000},
+    "settings": {"env": "specialisation", "agents": 4, "method": "hypermarl", "frames": 40_000},
     "grid": {"seed": list(range(RUNS))},
 }
 
