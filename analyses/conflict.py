@@ -178,6 +178,7 @@ _SCHEMES = {
     "adapters": "full sharing with adapters",
     "dico": "the shared policy with scaled deviations",
     "kaleidoscope": "the shared policy with masks",
+    "seps": "a network for each group",
     "hypermarl": "the hypernetwork",
     "hypermarl-no-rf": "the hypernetwork",
     "hypermarl-linear": "the linear hypernetwork",

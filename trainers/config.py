@@ -161,8 +161,8 @@ class NetworkConfig(_Section):
     )
     log_std: Literal["default", "shared", "agent"] = Field(
         "default",
-        description="a continuous policy's log_std: one that all agents share, or one for each "
-        "agent; default: agent for nops, else shared",
+        description="a continuous policy's log_std: one that all agents share (with seps all of a "
+        "group), or one for each agent; default: agent for nops, else shared",
     )
 
 
@@ -255,6 +255,28 @@ class KaleidoscopeConfig(_Section):
     )
 
 
+class SePSConfig(_Section):
+    """The groups of `--method seps`."""
+
+    groups: PositiveInt | None = Field(
+        None,
+        description="number of groups of agents, which have a network each (default: the one from "
+        "2 to 10, below the number of agents, with the least Davies-Bouldin index)",
+    )
+    pretraining_frames: PositiveInt = Field(
+        20_000,
+        description="frames in which all agents share one network and are watched, before they are "
+        "grouped by what they went through and start afresh; rounded up to whole updates",
+    )
+    epochs: PositiveInt = Field(
+        10, description="passes of the encoder of agents over what they went through"
+    )
+    batch_size: PositiveInt = Field(128, description="samples in one step of the encoder")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        3e-3, description="the encoder's step size"
+    )
+
+
 class SharingConfig(_Section):
     """Settings of the sharing schemes, each of which reads its own."""
 
@@ -262,6 +284,7 @@ class SharingConfig(_Section):
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     dico: DiCoConfig = Field(default_factory=DiCoConfig)
     kaleidoscope: KaleidoscopeConfig = Field(default_factory=KaleidoscopeConfig)
+    seps: SePSConfig = Field(default_factory=SePSConfig)
 
 
 class NormaliseConfig(_Section):

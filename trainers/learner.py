@@ -20,6 +20,7 @@ from trainers.generators.generator import Generator
 from trainers.networks import MLP
 from trainers.policies import Policy
 from trainers.rollout import Collector, Rollout
+from trainers.samples import of_network
 
 
 class Learner(ABC):
@@ -34,7 +35,8 @@ class Learner(ABC):
         optimiser: Of all of them.
         diagnosis: What is measured of them.
         aggregations: By network what makes one gradient of the agents'; empty: their sum.
-        findings: What went wrong in the last update without ending it, a sentence each.
+        findings: What there is to say of the last update, as what went wrong without ending it, a
+            sentence each.
     """
 
     collector: Collector
@@ -81,6 +83,23 @@ class Learner(ABC):
         Raises:
             NotFinite: If a loss or a gradient is not finite. No step was made with it.
         """
+
+    def adapt(
+        self,
+        rollout: Rollout,
+        random: RandomGenerator,  # noqa: ARG002 -- others draw
+    ) -> dict[str, Quantity]:
+        """Set, after an update, what is not trained but hangs on what agents saw.
+
+        Args:
+            rollout: What the update trained on.
+            random: Source of what is drawn.
+
+        Returns:
+            What there is to record of it, by name.
+        """
+        self.networks["actor"].adapt(of_network(rollout.samples, "actor"))
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """What the rest of the training depends on, but for the environment.

@@ -32,7 +32,6 @@ from trainers.learner import Learner
 from trainers.matd3 import MATD3
 from trainers.on_policy import OnPolicy
 from trainers.rollout import Rollout
-from trainers.samples import of_network
 
 Progress = Callable[[int, float], None]
 """Called before the first update and after each, with frames done and the last mean return."""
@@ -260,7 +259,7 @@ class Trainer:
         self.learner.begin(1 - self.updates_done / self.config.updates)
         rollout = self._collect()
         quantities = look(rollout) | self._update(rollout.samples)
-        self.actor.adapt(of_network(rollout.samples, "actor"))
+        quantities |= self.learner.adapt(rollout, self.random)
         before = self.frames_done
         self.updates_done += 1
         for generator in self.learner.networks.values():

@@ -155,7 +155,7 @@ class MATD3(Learner):
         samples = {name: played.columns[name].flatten(1, 2) for name in ("observation", "active")}
         if samples["active"].all():
             del samples["active"]
-        return played.rollout(samples)
+        return Rollout(played=played, samples=samples)
 
     def update(
         self,
@@ -435,6 +435,8 @@ def _check(config: TrainConfig) -> None:
         f"be default {on}, whose policies have none",
         config.network.log_std,
     )
+    grouped = "seps" in config.methods.values()
+    check(not grouped, "method", f"not be seps {on}: its groups start afresh on-policy", "seps")
     check(config.aggregate == NONE, "aggregate", f"be none {on}", config.aggregate)
     room = settings.replay_frames // config.copies * config.copies
     check(

@@ -11,10 +11,13 @@ from torch import Tensor
 from gradlab.probe import Network
 from gradlab.quantity import Quantity
 from trainers.acting import fixed_parameters
+from trainers.checkpoints import Checkpoint
 from trainers.config import OnPolicyConfig, TrainConfig
 from trainers.critic_input import critic_source, make_critic_input
 from trainers.diagnosis import Diagnosis
 from trainers.envs.vector_env import VectorEnv
+from trainers.generators.seps import SePS
+from trainers.grouping import Grouping, said
 from trainers.learner import Learner, aggregations_of, generator_of
 from trainers.networks import make_network
 from trainers.policies import make_policy
@@ -83,6 +86,8 @@ class OnPolicy(Learner):
             config, diagnosed, self.policy, self._critic_input, self.optimiser
         )
         self.findings = []
+        grouped = [network for network in self.networks.values() if isinstance(network, SePS)]
+        self._grouping = Grouping(config, grouped, self.policy, self.optimiser) if grouped else None
 
     def prepare(self) -> None:
         """Make what trains the networks, and its optimiser, which has seen nothing yet."""
@@ -127,6 +132,31 @@ class OnPolicy(Learner):
         found = self.updater(samples, random)
         self.findings = self.updater.findings
         return found
+
+    def adapt(self, rollout: Rollout, random: RandomGenerator) -> dict[str, Quantity]:
+        """See `Learner.adapt`; groups agents when it is time to."""
+        found = super().adapt(rollout, random)
+        if self._grouping is None:
+            return found
+        found |= self._grouping.watch(rollout.played, self.collector.seen, random)
+        if "group" in found:
+            groups = said(found["group"].values.astype(int).tolist())
+            self.findings = [*self.findings, f"agents are grouped: {groups}"]
+            for name, held in self.collector.memory.items():
+                if isinstance(self.networks[name], SePS):  # what an older network remembered
+                    self.collector.memory[name] = torch.zeros_like(held)
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Learner.state`."""
+        watched = {} if self._grouping is None else self._grouping.state()
+        return super().state() | {f"experience.{name}": t for name, t in watched.items()}
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """See `Learner.load_state`."""
+        super().load_state(checkpoint)
+        if self._grouping is not None:
+            self._grouping.load_state(checkpoint.under("experience."))
 
 
 def adam(parameters: Sequence[Tensor], config: OnPolicyConfig) -> torch.optim.Adam:

@@ -55,7 +55,7 @@ class Replay:
             columns: Tensors [agent, time, copy, ...] by name, of [1, ...] where all agents share
                 one; the same names every time. See `columns_of`.
         """
-        steps = len(columns["ended"][0])
+        steps = next(iter(columns.values())).shape[1]
         kept = min(steps, self.rows)
         at = torch.arange(self.added + steps - kept, self.added + steps) % self.rows
         for name, tensor in columns.items():

@@ -27,6 +27,7 @@ class Rollout:
     """Samples of one rollout, and what its episodes brought.
 
     Attributes:
+        played: The steps that it is made of.
         samples: Tensors by name, see `trainers.samples`: [agent, sample, ...] with sample = time *
             copies + copy, or of recurrent networks [agent, copy, time, ...]. Where agents had left
             their episode, the steps that `active` leaves out hold nothing that the environment
@@ -38,11 +39,24 @@ class Rollout:
         outcomes: Whether each episode that ended came to what the environment names, by name.
     """
 
+    played: "Played"
     samples: dict[str, Tensor]
-    episode_returns: list[float]
-    episode_lengths: list[int]
-    reward_per_step: float
-    outcomes: Mapping[str, list[bool]]
+
+    @property
+    def episode_returns(self) -> list[float]:  # noqa: D102 -- with the attributes, as the others
+        return self.played.episode_returns
+
+    @property
+    def episode_lengths(self) -> list[int]:  # noqa: D102
+        return self.played.episode_lengths
+
+    @property
+    def reward_per_step(self) -> float:  # noqa: D102
+        return self.played.columns["reward"].mean().item()
+
+    @property
+    def outcomes(self) -> Mapping[str, list[bool]]:  # noqa: D102
+        return self.played.outcomes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +85,6 @@ class Played:
     episode_returns: list[float]
     episode_lengths: list[int]
     outcomes: Mapping[str, list[bool]]
-
-    def rollout(self, samples: dict[str, Tensor]) -> Rollout:
-        """Hand out what is made of it.
-
-        Args:
-            samples: As of a `Rollout`.
-
-        Returns:
-            The rollout.
-        """
-        return Rollout(
-            samples=samples,
-            episode_returns=self.episode_returns,
-            episode_lengths=self.episode_lengths,
-            reward_per_step=self.columns["reward"].mean().item(),
-            outcomes=self.outcomes,
-        )
 
 
 class Collector:
@@ -300,7 +297,7 @@ class Collector:
         else:
             del stacked["starts"]
             samples = {name: tensor.flatten(1, 2) for name, tensor in stacked.items()}
-        return played.rollout(samples)
+        return Rollout(played=played, samples=samples)
 
     def _final(self, step: Step) -> dict[str, Tensor]:
         """What the networks would have read after a step, before any reset."""

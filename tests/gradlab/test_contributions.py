@@ -38,6 +38,7 @@ FORMS = {
     "adapters, own log_std": ("adapters", SharingConfig(adapter={"rank": 2}), True),
     "dico, own log_std": ("dico", SharingConfig(dico={"snd": 0}), True),
     "kaleidoscope, own log_std": ("kaleidoscope", CONFIG, True),
+    "seps, own log_std": ("seps", SharingConfig(seps={"groups": 3}), True),
     "nops, shared log_std": ("nops", SharingConfig(), False),
 }
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import xarray as xr
 from cases import AGENTS, CONFIG, DECOUPLED, case
+from selection import slow_but
 from test_jacobian import dense
 
 from gradlab.checks import UsageError
@@ -14,6 +15,7 @@ from trainers.config import HypernetworkConfig, SharingConfig
 from trainers.generators import METHODS
 from trainers.generators.dico import DiCo
 from trainers.generators.hypernetwork import HyperNetwork
+from trainers.generators.seps import SePS
 from trainers.networks import MLP, make_network
 
 FORMS = {
@@ -42,6 +44,7 @@ FORMS = {
     "dico, own log_std": ("dico", {}),
     "kaleidoscope, own log_std": ("kaleidoscope", {}),
     "ensemble": ("kaleidoscope", {}),
+    "seps, own log_std": ("seps", {}),
     "hypermarl, own log_std": ("hypermarl", {"hidden": (6,)}),
     **{f"{method}, recurrent": (method, {"hidden": (6,)}) for method in DECOUPLED},
     "shared trunk, recurrent": ("hypermarl", {"shared_trunk": True, "hidden": (6,)}),
@@ -74,6 +77,8 @@ def make(form, log_std=2, dtype=torch.float64):
             parameter += 0.3 * torch.randn(parameter.shape, generator=random)
         if isinstance(generator, DiCo):
             generator.ratio.fill_(0.7)
+        if isinstance(generator, SePS):
+            generator.group.copy_(torch.tensor([0, 1, 0]))
     return generator.to(dtype)
 
 
@@ -228,7 +233,7 @@ def test_a_part_that_nothing_trained_makes_has_no_coupling():
 
 
 @pytest.mark.parametrize("by", ["layer", "parameter"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(FORMS, *(f for f in FORMS if "seps" not in f)))
 def test_probes_agree_with_the_dense_coupling_within_their_error(form, by):
     generator = Without(make(form))
     found = coupling(generator, AGENTS, by=by, probes=24)

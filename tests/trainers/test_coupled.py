@@ -71,7 +71,7 @@ def test_policy_of_all_samples_is_that_of_one_at_a_time(space):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_parameters_are_made_as_seldom_as_can_be(method):
-    _, generator, observation = make("continuous", method)
+    _, generator, observation = make("continuous", method, SharingConfig(seps={"groups": 2}))
     calls = []
     generator.register_forward_hook(lambda *_: calls.append(1))
     act = fixed_parameters(generator)

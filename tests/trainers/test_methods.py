@@ -270,15 +270,19 @@ def test_log_std_is_each_agents_own_or_shared(method, own):
     policy = replace(policy, network=generator.mlp)
     parameter = dict(generator.named_parameters())
     (log_std,) = (p for name, p in parameter.items() if name.endswith("log_std"))
-    assert log_std.shape == ((3, 2) if own else (2,))
+    shared = (2, 2) if method == "seps" else (2,)  # by a group
+    assert log_std.shape == ((3, 2) if own else shared)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         log_std += torch.randn(log_std.shape, generator=random)
+    if method == "seps":
+        generator.group.copy_(torch.tensor([0, 1, 0]))
+    of_agents = log_std[[0, 1, 0]] if method == "seps" and not own else log_std
     observation = torch.randn(3, 5, 6, generator=random)
     theta = generator.policy_for(observation)
     action, log_prob = policy.sample(theta, observation, random)
     normal = torch.distributions.Normal(
-        policy.network.forward(theta, observation), log_std.exp().expand(3, 2)[:, None]
+        policy.network.forward(theta, observation), of_agents.exp().expand(3, 2)[:, None]
     )
     torch.testing.assert_close(log_prob, normal.log_prob(action).sum(-1))
     again, entropy = policy.evaluate(theta, observation, action)

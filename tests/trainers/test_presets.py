@@ -81,7 +81,7 @@ def test_every_setting_of_a_file_has_its_source_beside_it_or_above(file):
     }
     if file.name.startswith("_"):
         settings = yaml.safe_load(text)["settings"]
-        for section in ("ppo", "a2c", "network", "hypernetwork", "evaluation"):
+        for section in ("ppo", "a2c", "network", "hypernetwork", "seps", "evaluation"):
             for name in settings.get(section, {}):
                 assert re.search(rf"^ +{name}: .*# \w|^ +{name}: .*# \[", text, re.MULTILINE), name
 
@@ -147,6 +147,7 @@ def test_every_setting_of_a_file_has_its_source_beside_it_or_above(file):
         ("bps-1", {}, {"agents": 15, "copies": 8, "steps": 5, "a2c.learning_rate": 3e-4}),
         ("bps-2", {}, {"algorithm": "a2c", "a2c.gae_lambda": 1.0, "network.activation": "relu"}),
         ("bps-4", {}, {"agents": 30, "frames": 20_000_000}),
+        ("bps-3", {"method": "seps"}, {"seps.pretraining_frames": 200_000, "seps.groups": None}),
         ("specialisation", {"agents": "16"}, {"hypernetwork.embedding_size": 4}),
         ("specialisation", {"agents": 16, "method": "nops"}, {"network.hidden": (4,)}),
         ("synchronisation-temporal", {"method": "nops"}, {"network.hidden": (16,)}),

@@ -35,6 +35,7 @@ SETTINGS = {
     "frames": COPIES * STEPS * 4,
     "network": {"hidden": [5], "memory": "gru", "memory_size": SIZE},
     "hypernetwork": {"hidden": [6]},
+    "seps": {"pretraining_frames": COPIES * STEPS},
     "ppo": {"minibatches": 2},
     "every": 2,
     "effects_every": 2,
@@ -49,6 +50,7 @@ METHODS = (
     "adapters",
     "dico",
     "kaleidoscope",
+    "seps",
 )
 
 

@@ -30,6 +30,7 @@ SETTINGS = {
     "frames": COPIES * STEPS * 3,
     "network": {"hidden": [6, 5]},
     "hypernetwork": {"hidden": [7]},
+    "seps": {"pretraining_frames": COPIES * STEPS},
     "every": 2,
     "effects_every": 2,
     "evaluation": {"every": 1, "episodes": 5},

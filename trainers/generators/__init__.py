@@ -12,6 +12,7 @@ from trainers.generators.hypernetwork import HyperNetwork
 from trainers.generators.independent import NoPS
 from trainers.generators.kaleidoscope import Kaleidoscope, MaskedEnsemble
 from trainers.generators.method import Method, matched
+from trainers.generators.seps import SePS
 from trainers.generators.shared import FuPS, FuPSID
 from trainers.networks import MLP
 
@@ -90,6 +91,12 @@ METHODS: Registry[Method] = Registry(
                 ),
                 count=lambda mlp, _, config, __: MaskedEnsemble.size(mlp, config.kaleidoscope),
             ),
+        ),
+        "seps": Method(
+            factory=lambda mlp, agents, random, config, own: SePS(
+                mlp, agents, random, config.seps, own_log_std=own
+            ),
+            count=lambda mlp, agents, config, own: SePS.count(mlp, agents, config.seps, own),
         ),
     },
 )

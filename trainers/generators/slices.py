@@ -13,11 +13,11 @@ from trainers.networks import MLP, Theta
 
 
 class Slices(Generator):
-    """theta_i selects from psi: of each policy parameter the one of all agents, or agent i's own.
+    """theta_i selects from psi: of each policy parameter the one of all agents, or one of several.
 
     Attributes:
         theta: Trained tensors by policy parameter, "/" for the dot, which torch reserves for
-            submodules; [agent, ...] of what each agent has of its own.
+            submodules; [slice, ...] of what not all agents share.
         own: Names of the policy parameters that each agent has of its own.
     """
 
@@ -27,34 +27,47 @@ class Slices(Generator):
         Args:
             mlp: The network.
             agents: Number of agents.
-            theta: Initial values by policy parameter; with an agent axis if the name is in `own`.
+            theta: Initial values by policy parameter; with a leading axis where agents select.
             own: Names of the policy parameters that each agent has of its own.
         """
         super().__init__(mlp, agents)
         self.theta = nn.ParameterDict([(_of_psi(n), nn.Parameter(t)) for n, t in theta.items()])
         self.own = frozenset(own)
 
+    def selected(self, name: str, agents: Int[Tensor, " agent"]) -> Int[Tensor, " agent"] | None:
+        """Say which slice of a policy parameter agents have: their own, by number.
+
+        Args:
+            name: The policy parameter.
+            agents: Numbers of the agents.
+
+        Returns:
+            Numbers of the slices; None if all agents share the parameter, which has none.
+        """
+        return agents if name in self.own else None
+
     def forward(self, agents: Int[Tensor, " agent"]) -> Theta:
         """See `Generator.forward`."""
-        return {
-            name: tensor[agents] if name in self.own else tensor[None]
-            for name, tensor in self._by_name().items()
-        }
+        theta: Theta = {}
+        for name, tensor in self._by_name().items():
+            slices = self.selected(name, agents)
+            theta[name] = tensor[None] if slices is None else tensor[slices]
+        return theta
 
     def pull_back(self, z: Theta, agents: Int[Tensor, " row"]) -> dict[str, PerSample]:
         """See `Generator.pull_back`: a row goes to its agent's slice, or to that of all."""
         found: dict[str, PerSample] = {}
         for name, tensor in self._by_name().items():
-            rows = z[name]
+            rows, slices = z[name], self.selected(name, agents)
             found[f"theta.{_of_psi(name)}"] = (
-                Lookup(agents[None, :, None], rows[None, :, None], tensor.shape)
-                if name in self.own
-                else Rows(rows[None])
+                Rows(rows[None])
+                if slices is None
+                else Lookup(slices[None, :, None], rows[None, :, None], tensor.shape)
             )
         return found
 
     def coupling_forms(self) -> CouplingForms:
-        """See `Generator.coupling_forms`: J_i J_k^T is 1, or 0 for two agents' own parameters."""
+        """See `Generator.coupling_forms`: J_i J_k^T is 1 in the same slice, 0 in different ones."""
         sizes, factors = self._factors()
         return CouplingForms.multiples_of_identity(sizes, factors)
 
@@ -78,13 +91,14 @@ class Slices(Generator):
 
     def _factors(self) -> tuple[dict[str, int], dict[str, Tensor]]:
         """Size of each policy parameter, and the multiples of the identity that its blocks are."""
-        everyone = torch.ones(self.agents, self.agents, dtype=torch.float64)
-        own = torch.eye(self.agents, dtype=torch.float64)
+        agents = torch.arange(self.agents)
         sizes: dict[str, int] = {}
         factors: dict[str, Tensor] = {}
         for name, tensor in self._by_name().items():
-            sizes[name] = tensor.numel() // (self.agents if name in self.own else 1)
-            factors[name] = (own if name in self.own else everyone) * tensor.requires_grad
+            slices = self.selected(name, agents)
+            sizes[name] = tensor.numel() // (1 if slices is None else len(tensor))
+            of = torch.zeros_like(agents) if slices is None else slices
+            factors[name] = (of[:, None] == of).double() * tensor.requires_grad
         return sizes, factors
 
 

@@ -9,6 +9,7 @@ from trainers.config import PPOConfig, SharingConfig
 from trainers.envs.vector_env import Box, Discrete
 from trainers.generators import METHODS
 from trainers.generators.dico import DiCo
+from trainers.generators.seps import SePS
 from trainers.networks import MLP, make_network
 from trainers.off_policy import CRITIC, deterministic_actor_loss, q_loss
 from trainers.policies import make_policy
@@ -26,6 +27,7 @@ DECOUPLED = (
     "adapters",
     "dico",
     "kaleidoscope",
+    "seps",
 )
 CONFIG = SharingConfig(kaleidoscope={"thresholds": (-3, 0)})
 """Every mask hides a good part of the weights."""
@@ -80,6 +82,8 @@ def case(method, surrogate, dtype=torch.float64, samples=SAMPLES, seed=1):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=random).to(dtype)
             if isinstance(generator, DiCo):
                 generator.ratio.fill_(0.7)
+            if isinstance(generator, SePS):
+                generator.group.copy_(torch.tensor([0, 1, 0]))
         return generator
 
     recurrent = surrogate.endswith("recurrent")

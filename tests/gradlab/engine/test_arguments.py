@@ -151,7 +151,7 @@ def test_sums_under_autocast_are_refused():
 def test_decompose_passes_the_checks_on(method):
     random = torch.Generator().manual_seed(0)
     mlp = MLP(sizes=(6, 4, 3), activation="tanh", head_gain=1.0)
-    generator = METHODS[method](mlp, AGENTS, random, SharingConfig())
+    generator = METHODS[method](mlp, AGENTS, random, SharingConfig(seps={"groups": 2}))
 
     def surrogate(theta, sample):
         return mlp.forward(theta, sample["x"]).square().sum()
@@ -166,7 +166,7 @@ def test_decompose_passes_the_checks_on(method):
 def test_an_agent_out_of_range_is_named(method):
     random = torch.Generator().manual_seed(0)
     mlp = MLP(sizes=(6, 4, 3), activation="tanh", head_gain=1.0)
-    generator = METHODS[method](mlp, 2, random, SharingConfig())
+    generator = METHODS[method](mlp, 2, random, SharingConfig(seps={"groups": 2}))
     batch = {"observation": torch.ones(3, SAMPLES, 6)}  # of agent 2 as well
 
     def surrogate(theta, sample):
