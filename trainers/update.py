@@ -265,14 +265,16 @@ class Updater:
                 batch["advantage"] = advantage[:, chunk]
             of_chunk = weigh.part(chunk)
             share = len(rows) / places
+            means: dict[str, Tensor] = {}
+            told: dict[str, Tensor] = {}
             for of, parameters in trained:
                 losses, beside = of.losses(parameters, batch)
-                loss = share * finite_mean(of.loss_name, of_chunk(losses), of.first)
-                loss.backward()
-                told = {of.loss_name: loss.item()}
-                told |= {n: share * of_chunk(values).mean().item() for n, values in beside.items()}
-                for name, value in told.items():
-                    found[name] = found.get(name, 0.0) + value
+                means[of.loss_name] = share * finite_mean(of.loss_name, of_chunk(losses), of.first)
+                told |= beside
+            torch.autograd.backward([*means.values()])
+            means |= {name: share * of_chunk(values).mean() for name, values in told.items()}
+            for name, value in means.items():
+                found[name] = found.get(name, 0.0) + value.item()
         for of, parameters in trained:
             parameters.backward()
             of.generator.regularise(found[of.loss_name])

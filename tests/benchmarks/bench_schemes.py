@@ -1,4 +1,4 @@
-"""What a training update takes with each sharing scheme, and with A2C, beside `fups` with PPO.
+"""What a training update takes with each sharing scheme, and algorithm, beside `fups` with PPO.
 
 And with MATD3: Kaleidoscope, which has critics of its own there, beside `fups-id`. Whole updates,
 rollout and all, without diagnostics, in vmas/navigation; an update of each in turn. Those of SePS
@@ -45,6 +45,9 @@ def main():
         if method != "hypermarl-coupled"  # its cost is another subject: parameters of each sample
     }
     trainings[f"{BASE}, a2c"] = trainer(method=BASE, algorithm="a2c")
+    central = {"method": "nops", "critic_method": "fups", "reward": "team"}
+    for algorithm in ("mappo", "happo"):  # of the same networks
+        trainings[f"nops+fups, {algorithm}"] = trainer(algorithm=algorithm, **central)
     warm = {"warmup_frames": 1}
     off_policy = {
         f"{method}, matd3": trainer(method=method, algorithm="matd3", matd3=warm)

@@ -188,7 +188,8 @@ def schemes():
     return (
         "## Sharing schemes\n\nWhole updates, rollout and all, without diagnostics: `vmas/navigation`, "
         f"{first['agents']} agents, {first['frames']:,} frames in each update, PPO with 4 epochs of 4 minibatches, A2C "
-        "with its one step, or MATD3 with 32 steps on 1,000 samples of each agent, one thread. An update of each in turn; "
+        "with its one step, MAPPO and HAPPO with policies of each agent's own and one central value function, or MATD3 with "
+        "32 steps on 1,000 samples of each agent, one thread. An update of each in turn; "
         "the ratio is the time beside that of `fups` with PPO in the same turn, for MATD3 beside that of `fups-id` with "
         "it, median over turns. `dico` is scaled to a diversity of 1, `seps` is in groups.\n\n"
         + table(("training", "ms per update", "frames/s", "ratio of times"), rows)
