@@ -42,7 +42,6 @@ FORMS = {
     "nops, shared log_std": ("nops", {}),
     "adapters, own log_std": ("adapters", {}),
     "dico, own log_std": ("dico", {}),
-    "kaleidoscope, own log_std": ("kaleidoscope", {}),
     "ensemble": ("kaleidoscope", {}),
     "seps, own log_std": ("seps", {}),
     "hypermarl, own log_std": ("hypermarl", {"hidden": (6,)}),

@@ -148,6 +148,7 @@ OPTIONS = {
         "method": "fups-id",
         "matd3": {"warmup_frames": 1, "batch_size": 16, "replay_frames": COPIES * 30},
         "diagnosed_samples": COPIES * STEPS,
+        "effects_every": 1000,
     },
 }
 

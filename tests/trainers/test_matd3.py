@@ -479,10 +479,20 @@ def test_bad_settings_are_told_in_one_line(case):
     assert "\n" not in str(error.value)
 
 
+CHEETAH = {
+    "env": "mamujoco/halfcheetah-2x3",
+    "env_args": {"agent_obsk": None},
+    "copies": 8,
+    "steps": 10,
+    "frames": 60_000,
+    "network": {"hidden": [128, 128], "activation": "relu"},
+    "matd3": {"batch_size": 256, "warmup_frames": 5000},
+}
 LEARNED = {  # settings, and by how much the return is above that of actions at random
-    "vmas/navigation": (
+    "navigation": (
         {
             "method": "hypermarl",
+            "env": "vmas/navigation",
             "agents": 2,
             "copies": 32,
             "steps": 16,
@@ -491,31 +501,20 @@ LEARNED = {  # settings, and by how much the return is above that of actions at 
         },
         1,
     ),
-    "mamujoco/halfcheetah-2x3": (
-        {
-            "method": "fups-id",
-            "env_args": {"agent_obsk": None},
-            "copies": 8,
-            "steps": 10,
-            "frames": 60_000,
-            "network": {"hidden": [128, 128], "activation": "relu"},
-            "matd3": {"batch_size": 256, "warmup_frames": 5000},
-        },
-        200,
-    ),
+    "halfcheetah": (CHEETAH | {"method": "fups-id"}, 200),
+    "halfcheetah, masks": (CHEETAH | {"method": "kaleidoscope"}, 200),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env", LEARNED)
-def test_a_task_is_learned(env):
+@pytest.mark.parametrize("task", LEARNED)
+def test_a_task_is_learned(task):
     """In a few minutes: docs/off-policy.md has what the same comes to on the command line."""
-    settings, gain = LEARNED[env]
-    common = {"algorithm": "matd3", "env": env, "diagnostics": "off"}
-    trainer = Trainer(TrainConfig.model_validate(common | settings))
-    args = settings.get("env_args", {})
+    settings, gain = LEARNED[task]
+    config = {"algorithm": "matd3", "diagnostics": "off"} | settings
+    trainer = Trainer(TrainConfig.model_validate(config))
     at_random = play_episodes(
-        make_env(env, copies=32, agents=2, seed=1, args=args),
+        make_env(settings["env"], copies=32, agents=2, seed=1, args=settings.get("env_args", {})),
         trainer.learner._warm_up,
         fixed_parameters(trainer.actor),
         random=torch.Generator().manual_seed(1),
