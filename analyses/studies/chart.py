@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from analyses.studies.verdict import Estimate
+
 _WIDTH, _HEIGHT = 300, 210
 _LEFT, _TOP, _RIGHT, _BOTTOM = 44, 34, 12, 40
 _ROW = 18
@@ -31,6 +33,20 @@ class Line:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     dashed: bool = False
+
+    @classmethod
+    def of(cls, name: str, estimates: Sequence[Estimate]) -> "Line":
+        """Make a line of estimates with their intervals.
+
+        Args:
+            name: What the legend calls it.
+            estimates: Its points.
+
+        Returns:
+            The line.
+        """
+        values, low, high = zip(*estimates, strict=True)
+        return cls(name=name, values=values, low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +97,27 @@ def chart(panels: Sequence[Panel], labels: Sequence[str], axis: str) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def ticks_for(estimates: Sequence[Estimate]) -> tuple[float, ...]:
+    """Choose round heights that hold estimates, their intervals and 0.
+
+    Args:
+        estimates: What is to be drawn; what is not finite does not count.
+
+    Returns:
+        Heights for a panel's ticks.
+
+    >>> ticks_for([Estimate(0.3, 0.1, 0.7)])
+    (0.0, 0.2, 0.4, 0.6, 0.8)
+    """
+    finite = [x for estimate in estimates for x in estimate if math.isfinite(x)]
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    rough = (high - low or 1.0) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return tuple(round(number * step, 12) for number in range(first, max(last, first + 1) + 1))
+
+
 def _panel(panel: Panel, labels: Sequence[str], axis: str, names: Sequence[str]) -> list[str]:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     low, high = panel.ticks[0], panel.ticks[-1]
@@ -117,8 +154,10 @@ def _panel(panel: Panel, labels: Sequence[str], axis: str, names: Sequence[str])
         # Side by side, so that intervals do not hide each other.
         aside = _ASIDE * (number - (len(panel.lines) - 1) / 2) if line.low else 0.0
         stroke = _stroke(names.index(line.name), line.dashed)
-        at = [f"{x(place) + aside:.1f} {within(value):.1f}" for place, value in points]
-        parts.append(f'<path d="M{" L".join(at)}" {stroke}/>')
+        at = [(f"{x(place) + aside:.1f}", f"{within(value):.1f}") for place, value in points]
+        parts.append(f'<path d="M{" L".join(" ".join(point) for point in at)}" {stroke}/>')
+        colour = _colour(names.index(line.name))
+        parts += [f'<circle cx="{cx}" cy="{cy}" r="2.5" fill="{colour}"/>' for cx, cy in at]
         for place, (below, above) in enumerate(zip(line.low, line.high, strict=True)):
             if math.isfinite(below) and math.isfinite(above):
                 span = f"M{x(place) + aside:.1f} {within(below):.1f}V{within(above):.1f}"
@@ -127,6 +166,9 @@ def _panel(panel: Panel, labels: Sequence[str], axis: str, names: Sequence[str])
 
 
 def _stroke(number: int, dashed: bool) -> str:
-    colour = _COLOURS[number % len(_COLOURS)]
     dash = ' stroke-dasharray="5 3"' if dashed else ""
-    return f'fill="none" stroke="{colour}" stroke-width="2"{dash}'
+    return f'fill="none" stroke="{_colour(number)}" stroke-width="2"{dash}'
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]

@@ -45,22 +45,21 @@ def over_training(run: Run, quantity: str, space: str | None = None) -> float:
     return _mean(found.sel({axis: where[axis] for axis in where if axis in found.dims}).to_numpy())
 
 
-def ratio_over_training(run: Run, part: str, whole: str, space: str) -> float:
-    """Ratio of two diagnosed quantities of the whole actor, each a mean as `over_training` is.
+def signal_to_noise(run: Run, space: str) -> float:
+    """Squared length of the actor's true mean gradients over the variance of the measured ones.
 
-    A ratio of means has less bias than a mean of ratios, and needs no single one to be known.
+    The inverse of the normalised variance, as a ratio of means over updates and agents: of all
+    estimates, known or not, so that updates whose gradient is lost in noise count as they should.
 
     Args:
-        run: A run with diagnostics.
-        part: The dividend's name.
-        whole: The divisor's name.
-        space: "psi" or "theta".
+        run: A run with full diagnostics.
+        space: "psi", of g_i, or "theta", of Z_i.
 
     Returns:
-        The ratio, NaN if the divisor is not above 0.
+        The ratio; below 0 where noise alone makes the estimate of the squared length so.
     """
-    below = over_training(run, whole, space)
-    return over_training(run, part, space) / below if below > 0 else float("nan")
+    signal = over_training(run, "squared_norm_debiased", space)
+    return signal / over_training(run, "variance_mean", space)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -14,9 +14,9 @@ from analyses.studies.seeds import (
     estimates,
     over_last_tenth,
     over_training,
-    ratio_over_training,
     select,
     side_by_side,
+    signal_to_noise,
 )
 from analyses.studies.study import Findings, Study
 from analyses.studies.verdict import Estimate, Verdict, judge
@@ -35,17 +35,19 @@ _FIGURES = {
     "conflict rate of Z": ".3f",
     "mean cosine of g": ".3f",
     "norm of g": ".2e",
-    "normalised variance of Z": ".3g",
+    "signal to noise of Z": ".3f",
     "coordinate variance": ".2e",
 }
 _BY = ("game", "agents", "method")
 
 
-def _sweep(agents: Sequence[int], seeds: int, frames: int, every: int) -> dict[str, Any]:
+def _sweep(
+    games: Sequence[str], agents: Sequence[int], *, seeds: int, frames: int, every: int
+) -> dict[str, Any]:
     return {
         "settings": {"frames": frames, "diagnostics": "full", "every": every},
         "grid": {
-            "env": list(NAMES),
+            "env": list(games),
             "agents": list(agents),
             "method": list(METHODS),
             "seed": list(range(seeds)),
@@ -82,9 +84,7 @@ def _row(run: Run) -> dict[str, Any]:
         "conflict rate of Z": over_training(run, "conflict_rate", "theta"),
         "mean cosine of g": over_training(run, "mean_cosine", "psi"),
         "norm of g": over_training(run, "norm", "psi"),
-        "normalised variance of Z": ratio_over_training(
-            run, "variance_mean", "squared_norm_debiased", "theta"
-        ),
+        "signal to noise of Z": signal_to_noise(run, "theta"),
         "coordinate variance": over_training(run, "coordinate_variance"),
     }
 
@@ -128,14 +128,8 @@ def _figure(table: pd.DataFrame, figure: str, *, with_levels: bool) -> str:
         for method in dict.fromkeys(table["method"]):
             where = (table["game"] == game) & (table["method"] == method)
             rows = table[where & (table["figure"] == figure)].set_index("agents").reindex(sizes)
-            lines.append(
-                Line(
-                    name=str(method),
-                    values=rows["value"].tolist(),
-                    low=rows["low"].tolist(),
-                    high=rows["high"].tolist(),
-                )
-            )
+            numbers = [Estimate(*row) for row in rows[["value", "low", "high"]].to_numpy()]
+            lines.append(Line.of(str(method), numbers))
         if with_levels:
             for place, name in enumerate(("chance", "all the same")):
                 values = [levels(str(game), size)[place] for size in sizes]
@@ -229,24 +223,30 @@ SPECIALISATION = Study(
     question="Which sharing schemes learn to specialise and to synchronise, and do their "
     "gradients conflict?",
     budgets={
-        "quick": _sweep((4,), 5, 60_000, 6),
-        "standard": _sweep((2, 4, 8, 16), 10, 200_000, 10),
-        "full": _sweep((2, 4, 8, 16), 30, 1_000_000, 20),
+        "quick": _sweep(
+            ("specialisation", "specialisation-temporal", "synchronisation-temporal"),
+            (4,),
+            seeds=5,
+            frames=60_000,
+            every=6,
+        ),
+        "standard": _sweep(NAMES, (2, 4, 8, 16), seeds=10, frames=200_000, every=10),
+        "full": _sweep(NAMES, (2, 4, 8, 16), seeds=30, frames=1_000_000, every=20),
     },
-    about="Interquartile means over seeds with 95 % percentile bootstrap intervals (none for fewer "
-    "than 5 seeds). Reward: per step and agent, actions drawn, mean over the last tenth of the "
-    "updates; 1 is the optimum. Chance: all draw uniformly at random. All the same: all always act "
-    "alike. The rest is of the actor, mean over the diagnosed updates: shares of agent pairs told "
-    "to be in conflict at a false discovery rate of 5 %, of g_i in psi-space and of Z_i in "
-    "theta-space; mean plug-in cosine over pairs, as the paper reports it, which noise that agents "
-    "share can turn; mean plug-in norm of g_i; variance of Z_i over its squared length, ratio of "
-    "means over updates and agents; coordinate variance, what the paper's code calls gradient "
-    "variance (docs/variance.md).\n\nNot as in the paper: trained by PPO with a learned baseline "
-    "and gradlab's default settings, all methods with the same policy network (64, 64), while the "
-    "official trainer uses REINFORCE, gives nops 64/N hidden units, computes returns over the "
-    "rewards of all agents interleaved, consumes a queue that lags behind, and multiplies each "
-    "sample's weights with all samples' states for HyperMARL; evaluates greedily, where fups in "
-    "the Specialisation game earns 1/N instead of chance; and returns the mean cosine with its "
-    "sign turned.",
+    about="Interquartile means over seeds with 95 % percentile bootstrap intervals (none for "
+    "fewer than 5 seeds). Reward: per step and agent, actions drawn, mean over the last tenth of "
+    "the updates; 1 is the optimum. Chance: all draw uniformly at random. All the same: all "
+    "always act alike. The rest is of the actor, mean over the diagnosed updates: shares of agent "
+    "pairs told to be in conflict at a false discovery rate of 5 %, of g_i in psi-space and of "
+    "Z_i in theta-space; mean plug-in cosine over pairs, as the paper reports it, which noise "
+    "that agents share can turn; mean plug-in norm of g_i; squared length of Z_i over its "
+    "variance, without bias, ratio of means over updates and agents; coordinate variance, what "
+    "the paper's code calls gradient variance (docs/variance.md).\n\nNot as in the paper: trained "
+    "by PPO with a learned baseline and gradlab's default settings, all methods with the same "
+    "policy network (64, 64), while the official trainer uses REINFORCE, gives nops 64/N hidden "
+    "units, computes returns over the rewards of all agents interleaved, consumes a queue that "
+    "lags behind, and multiplies each sample's weights with all samples' states for HyperMARL; "
+    "evaluates greedily, where fups in the Specialisation game earns 1/N instead of chance; and "
+    "returns the mean cosine with its sign turned.",
     read=read,
 )

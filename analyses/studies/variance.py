@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analyses.studies.chart import Line, Panel, chart
+from analyses.studies.chart import Line, Panel, chart, ticks_for
 from analyses.studies.seeds import (
     difference,
     estimates,
     over_last_tenth,
     over_training,
-    ratio_over_training,
     select,
     side_by_side,
+    signal_to_noise,
 )
 from analyses.studies.study import Findings, Study
 from analyses.studies.verdict import Estimate, Verdict, judge
@@ -29,13 +29,13 @@ METHODS = ("fups-id", "nops", "hypermarl-linear", "hypermarl")
 
 _COORDINATE = "coordinate variance"
 _SIZE = "trained parameters"
-_OF_Z = "normalised variance of Z"
+_SIGNAL = "signal to noise of Z"
 _FIGURES = {
     "reward": ".3f",
     _COORDINATE: ".2e",
     _SIZE: ",.0f",
-    _OF_Z: ".3g",
-    "normalised variance of g": ".3g",
+    _SIGNAL: ".3f",
+    "signal to noise of g": ".3f",
     "squared length of Z": ".2e",
     "variance of the mean Z": ".2e",
 }
@@ -92,10 +92,8 @@ def _row(run: Run) -> dict[str, Any]:
         "reward": over_last_tenth(run, "reward_per_step"),
         _COORDINATE: over_training(run, "coordinate_variance"),
         _SIZE: trained_parameters(run),
-        _OF_Z: ratio_over_training(run, "variance_mean", "squared_norm_debiased", "theta"),
-        "normalised variance of g": ratio_over_training(
-            run, "variance_mean", "squared_norm_debiased", "psi"
-        ),
+        _SIGNAL: signal_to_noise(run, "theta"),
+        "signal to noise of g": signal_to_noise(run, "psi"),
         "squared length of Z": over_training(run, "squared_norm_debiased", "theta"),
         "variance of the mean Z": over_training(run, "variance_mean", "theta"),
     }
@@ -116,16 +114,14 @@ def read(runs: Sequence[Run]) -> Findings:
         shown=side_by_side(table, _BY[:1], "method"),
         verdicts=_verdicts(found),
         tables={"variance": table.drop(columns="text"), "variance-runs": found},
-        figures={"variance": _figure(found)},
+        figures={"variance": _figure(found, table)},
     )
 
 
-def _orders(
-    found: pd.DataFrame, figure: str, environment: str, method: str, other: str
-) -> Estimate:
-    """How many powers of ten a method's number lies above another's."""
+def _orders(found: pd.DataFrame, environment: str, method: str, other: str) -> Estimate:
+    """How many powers of ten a method's coordinate variance lies above another's."""
     logs = [
-        np.log10(select(found, figure, environment=environment, method=name))
+        np.log10(select(found, _COORDINATE, environment=environment, method=name))
         for name in (method, other)
     ]
     return difference(*(values.tolist() for values in logs))
@@ -139,12 +135,9 @@ def _size_orders(found: pd.DataFrame, environment: str, method: str, other: str)
 def _verdicts(found: pd.DataFrame) -> list[Verdict]:
     environments = list(dict.fromkeys(found["environment"]))
 
-    def orders(figure: str, method: str, other: str) -> dict[str, Estimate]:
-        return {name: _orders(found, figure, name, method, other) for name in environments}
-
     verdicts = []
     for method in ("hypermarl-linear", "hypermarl"):
-        of_code = orders(_COORDINATE, _REFERENCE, method)
+        of_code = {name: _orders(found, name, _REFERENCE, method) for name in environments}
         beyond = {
             name: Estimate(*(x - _size_orders(found, name, method, _REFERENCE) for x in estimate))
             for name, estimate in of_code.items()
@@ -167,40 +160,49 @@ def _verdicts(found: pd.DataFrame) -> list[Verdict]:
         ]
         verdicts += [
             judge(
-                f"relative to its squared length, {method}'s Z_i varies less than {other}'s "
-                "(powers of ten)",
-                orders(_OF_Z, other, method),
+                f"{method}'s Z_i has more signal to noise than {other}'s",
+                {
+                    name: difference(
+                        *(
+                            select(found, _SIGNAL, environment=name, method=m)
+                            for m in (method, other)
+                        )
+                    )
+                    for name in environments
+                },
                 above=0,
-                form="+.2f",
+                form="+.3f",
             )
             for other in (_REFERENCE, "nops")
         ]
     return verdicts
 
 
-def _figure(found: pd.DataFrame) -> str:
+def _figure(found: pd.DataFrame, table: pd.DataFrame) -> str:
     methods = list(dict.fromkeys(found["method"]))
     panels = []
     for environment in dict.fromkeys(found["environment"]):
-        lines = []
-        for figure in (_COORDINATE, _OF_Z):
-            values = [_orders(found, figure, environment, m, _REFERENCE) for m in methods]
-            lines.append(
-                Line(
-                    name=figure,
-                    values=[x.value for x in values],
-                    low=[x.low for x in values],
-                    high=[x.high for x in values],
-                )
-            )
+        orders = [_orders(found, environment, method, _REFERENCE) for method in methods]
         size = [-_size_orders(found, environment, method, _REFERENCE) for method in methods]
-        lines.append(Line(name="1 / trained parameters", values=size, dashed=True))
         panels.append(
             Panel(
-                title=f"{environment}: log10 of the ratio to {_REFERENCE}",
-                lines=lines,
+                title=f"{environment}: log10 of ratio to {_REFERENCE}",
+                lines=[
+                    Line.of(_COORDINATE, orders),
+                    Line(name="1 / trained parameters", values=size, dashed=True),
+                ],
                 ticks=(-3.0, -2.0, -1.0, 0.0, 1.0),
                 marks=(0.0,),
+            )
+        )
+        where = (table["environment"] == environment) & (table["figure"] == _SIGNAL)
+        rows = table[where].set_index("method").reindex(methods)
+        signals = [Estimate(*row) for row in rows[["value", "low", "high"]].to_numpy()]
+        panels.append(
+            Panel(
+                title=f"{environment}: {_SIGNAL}",
+                lines=[Line.of(_SIGNAL, signals)],
+                ticks=ticks_for(signals),
             )
         )
     return chart(panels, methods, "method")
@@ -210,20 +212,20 @@ VARIANCE = Study(
     name="variance",
     question="Does HyperMARL's policy gradient vary less, and by more than its size explains?",
     budgets={
-        "quick": _sweep(_SMALL | {"frames": 40_960, "every": 4}, 5),
+        "quick": _sweep(_SMALL | {"frames": 20_480, "every": 2}, 5),
         "standard": _sweep(_SMALL | {"frames": 1_000_000, "every": 20}, 10),
         "full": _sweep({"diagnostics": "full", "every": 20, "evaluation": {"every": 0}}, 10),
     },
-    about="Interquartile means over seeds with 95 % percentile bootstrap intervals (none for fewer "
-    "than 5 seeds); of the verdicts and the figure, differences of the logarithms. All of the "
-    "actor, means over the diagnosed updates; normalised variances are ratios of such means, over "
-    "agents and updates. Coordinate variance is the paper's measure as its code has it: over the "
-    "coordinates of the one gradient of all agents, and so about its squared length over the "
-    "number of trained parameters: a network with more of them has less, whatever its gradient "
-    "does. Z_i has the same size for all methods; its variance is that of the mean over "
-    "environment copies, and divided by its squared length a smaller gradient does not count as "
-    "less noise (docs/variance.md). J_i of all these methods is given by the agent alone, so that "
-    "it adds no noise. Reward: per step and agent.\n\nNot as in the paper (but for `--budget "
+    about="Interquartile means over seeds with 95 % percentile bootstrap intervals (none for "
+    "fewer than 5 seeds); powers of ten are differences of the logarithms' means. All of the "
+    "actor, means over the diagnosed updates; signal to noise, a squared length over a variance, "
+    "without bias, is a ratio of such means, over agents and updates. Coordinate variance is the "
+    "paper's measure as its code has it: over the coordinates of the one gradient of all agents, "
+    "and so about its squared length over the number of trained parameters: a network with more "
+    "of them has less, whatever its gradient does. Z_i has the same size for all methods; its "
+    "variance is that of the mean over environment copies, and a smaller gradient does not count "
+    "as less noise (docs/variance.md). J_i of all these methods is given by the agent alone, so "
+    "that it adds no noise. Reward: per step and agent.\n\nNot as in the paper (but for `--budget "
     "full`): fewer frames, copies and steps, and equal networks (64, 64) and settings of PPO for "
     "both scenarios; numbered actions of Dispersion are VMAS's 9.",
     read=read,

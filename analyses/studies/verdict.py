@@ -72,7 +72,7 @@ def judge(
 
     Returns:
         Supported if every interval lies within the bounds, not supported if one lies outside,
-        else undecided, as it is without any number or interval.
+        else undecided, as it is without any number or interval, or if an interval ends at a bound.
 
     >>> print(judge("a is more than b", {"a - b": Estimate(2.0, 1.0, 3.0)}, above=0))
     **supported**: a is more than b (a - b: 2.000 (1.000 to 3.000))
@@ -80,7 +80,7 @@ def judge(
     'undecided'
     """
     within = [above < x.low and x.high < below for x in estimates.values()]
-    outside = [x.high <= above or x.low >= below for x in estimates.values()]
+    outside = [x.high < above or x.low > below for x in estimates.values()]
     outcome: Outcome = "undecided"
     if any(outside):
         outcome = "not supported"

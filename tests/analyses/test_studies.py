@@ -13,12 +13,13 @@ import yaml
 from analyses.aggregate import across_seeds
 from analyses.studies import STUDIES, Study, run_study
 from analyses.studies.decoupling import DECOUPLING
-from analyses.studies.seeds import FEWEST, difference, estimate, over_training, ratio_over_training
+from analyses.studies.seeds import FEWEST, difference, estimate, over_training
 from analyses.studies.specialisation import METHODS, SPECIALISATION, levels
 from analyses.studies.variance import VARIANCE, trained_parameters
 from analyses.studies.verdict import Estimate, judge
 from gradlab.checks import Failed, UsageError
 from gradlab.cli import run as main
+from gradlab.registry import Registry
 from gradlab.run import open_run
 from trainers.config import TrainConfig
 from trainers.envs.matrix_games import GAMES, NAMES, chance_return
@@ -127,6 +128,23 @@ def test_report_is_of_the_runs_that_are_done_and_says_what_is_missing(tmp_path):
         run_study(nothing, "quick", tmp_path / "nothing", train=train)
 
 
+def test_command_prints_the_report_and_ends_with_1_if_a_run_failed(tmp_path, monkeypatch, capsys):
+    one = {"env": ["specialisation"], "method": ["fups"], "seed": [0]}
+    studies = {
+        name: small(SPECIALISATION, agents=agents, **one)
+        for name, agents in (("good", [2]), ("half", [2, 0]))
+    }
+    monkeypatch.setattr("analyses.studies.STUDIES", Registry("study", studies))
+    monkeypatch.setattr("trainers.sweeps.make_engine", lambda *_, **__: InThisProcess())
+    for name, status in (("good", 0), ("half", 1)):
+        out = tmp_path / name
+        assert main(["study", name, "--out", str(out)]) == status
+        found = capsys.readouterr()
+        assert f"Report: {out / 'report' / 'specialisation.md'}" in found.out
+        assert "which can't tell agents apart" in " ".join(found.out.split())
+        assert ("1 of 2 runs failed, the other 1 are done" in found.err) == bool(status)
+
+
 def test_runs_with_other_settings_are_refused_before_any_training(tmp_path):
     study = small(SPECIALISATION, env=["specialisation"], agents=[2], seed=[0])
     settings = plan_runs(study.budgets["quick"])[METHODS.index("nops")].config
@@ -218,7 +236,8 @@ def test_estimates_take_enough_seeds_and_resample_seeds():
         ([(0.1, 0.3), (-0.1, 0.4)], "undecided"),
         ([(0.1, 0.3), (-0.2, -0.1)], "not supported"),
         ([(0.1, 0.3), (np.nan, np.nan)], "undecided"),
-        ([(np.nan, np.nan), (-0.2, 0.0)], "not supported"),
+        ([(np.nan, np.nan), (-0.2, -0.1)], "not supported"),
+        ([(0.0, 0.0)], "undecided"),
         ([], "undecided"),
     ],
 )
@@ -242,15 +261,11 @@ def test_variance_study_counts_the_parameters_that_the_measure_is_over(tmp_path)
         assert rows["coordinate variance"][method] == pytest.approx(measured)
         assert over_training(run, "coordinate_variance") == pytest.approx(measured)
         where = {"network": "actor", "space": "theta", "layer": "all"}
-        parts = [
+        signal, noise = (
             run.quantity(name).sel(where).mean().item()
-            for name in ("variance_mean", "squared_norm_debiased")
-        ]
-        ratio = ratio_over_training(run, "variance_mean", "squared_norm_debiased", "theta")
-        if parts[1] > 0:
-            assert ratio == pytest.approx(parts[0] / parts[1])
-        else:
-            assert np.isnan(ratio)
+            for name in ("squared_norm_debiased", "variance_mean")
+        )
+        assert rows["signal to noise of Z"][method] == pytest.approx(signal / noise)
     text = report.read_text()
     assert text.count("**undecided**") == 8  # a single seed decides nothing
     assert "](variance.svg)" in text
