@@ -431,6 +431,7 @@ def test_only_what_may_be_done_at_a_step_is_done_and_counted_on(monkeypatch):
         ("numbered", "dico"),
         pytest.param("continuous", "dico", marks=pytest.mark.slow),
         pytest.param("numbered", "adapters", marks=pytest.mark.slow),
+        pytest.param("numbered", "kaleidoscope", marks=pytest.mark.slow),
     ],
 )
 def test_other_schemes_are_trained_too(case, method, tmp_path):
@@ -441,7 +442,11 @@ def test_other_schemes_are_trained_too(case, method, tmp_path):
     assert run.quantity("residual").max() < 1e-4
     before, trainer = Trainer(config), Trainer(config)
     trainer.load_state(saved(tmp_path / "r"))
-    own = "left.head" if method == "adapters" else "theta.deviation_head/weight"
+    own = {
+        "adapters": "left.head",
+        "dico": "theta.deviation_head/weight",
+        "kaleidoscope": "thresholds.head",
+    }[method]
     for name in ("networks", "targets"):
         old, new = (
             dict(getattr(some.learner, name)["actor"].named_parameters())[own]
