@@ -179,13 +179,8 @@ def _pca_panel(runs: Runs) -> Panel:
                 _trails(position[max(0, index + 1 - TAIL) : index + 1]),
                 agent_trace(position[index], of.agents, x[1] - x[0]),
             ],
-            "layout": {
-                "xaxis": {"title": {"text": _component(1, ratio[0])}, "range": x},
-                "yaxis": {
-                    "title": {"text": _component(2, ratio[1])},
-                    "range": y,
-                    "scaleanchor": "x",
-                },
+            "layout": _plane((x, y), (_component(1, ratio[0]), _component(2, ratio[1])))
+            | {
                 "annotations": says,
                 "meta": _meta(of, choices, "" if still else shares, position[index]),
             },
@@ -440,9 +435,21 @@ def unit_axes(position: np.ndarray, unit: str) -> tuple[dict[str, Any], float]:
         Both axes, equally long; and their length.
     """
     x, y = square(*(padded_range(position[..., axis]) for axis in (0, 1)))
-    title = {"title": {"text": unit}}
-    axes = {"xaxis": title | {"range": x}, "yaxis": title | {"range": y, "scaleanchor": "x"}}
-    return axes, x[1] - x[0]
+    return _plane((x, y), (unit, unit)), x[1] - x[0]
+
+
+def _plane(ranges: tuple[list[float], list[float]], titles: tuple[str, str]) -> dict[str, Any]:
+    """Make axes of one scale."""
+    # Margins that follow the labels would change the scale, and so the labels: plotly draws anew.
+    x, y = (
+        {"title": {"text": title}, "range": of, "automargin": False}
+        for of, title in zip(ranges, titles, strict=True)
+    )
+    return {
+        "xaxis": x,
+        "yaxis": y | {"scaleanchor": "x"},
+        "margin": {"l": 72, "r": 16, "t": 12, "b": 56},
+    }
 
 
 def _umap_panel(runs: Runs) -> Panel:
@@ -503,13 +510,8 @@ def _trajectories_panel(runs: Runs) -> Panel:
         mean = known.mean() if known.size else 0.0
         return {
             "data": [*ways, *ends],
-            "layout": {
-                "xaxis": {"title": {"text": _component(1, ratio[0])}, "range": x},
-                "yaxis": {
-                    "title": {"text": _component(2, ratio[1])},
-                    "range": y,
-                    "scaleanchor": "x",
-                },
+            "layout": _plane((x, y), (_component(1, ratio[0]), _component(2, ratio[1])))
+            | {
                 "meta": _meta(of, choices, f"mean residual of a turn {mean:.2g}", position[-1]),
             },
         }

@@ -337,16 +337,13 @@ gradlab.show = function (page, source) {
     });
   }
 
-  const observer = new IntersectionObserver(
-    (entries) => {
-      for (const entry of entries) {
-        if (entry.isIntersecting) seen.add(entry.target.id);
-        else seen.delete(entry.target.id);
-      }
-      schedule();
-    },
-    { rootMargin: "40px" }
-  );
+  const observer = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (entry.isIntersecting) seen.add(entry.target.id);
+      else seen.delete(entry.target.id);
+    }
+    schedule();
+  });
 
   // ---- taking figures away ----
   function cell(value) {

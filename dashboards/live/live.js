@@ -136,10 +136,10 @@
   // What has not changed is the same object again, by which plotly tells that it has not.
   function share(figure, before) {
     if (!before) return;
-    (figure.data || []).forEach((trace, i) => {
-      const old = (before.data || [])[i] || {};
-      for (const name of Object.keys(trace)) if (same(trace[name], old[name])) trace[name] = old[name];
-    });
+    const pairs = (figure.data || []).map((trace, i) => [trace, (before.data || [])[i]]);
+    for (const [now, old] of [...pairs, [figure.layout || {}, before.layout]]) {
+      for (const name of Object.keys(now)) if (old && same(now[name], old[name])) now[name] = old[name];
+    }
   }
 
   function title() {
