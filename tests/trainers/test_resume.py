@@ -62,11 +62,10 @@ CASES = {
     },
     "sequential": {
         "algorithm": "happo",
-        "env": "vmas/navigation",
-        "env_args": {"max_steps": 12},
+        "env": "specialisation-temporal",
         "agents": 3,
         "normalise": {"observations": True, "rewards": True},
-        "ppo": {"anneal_learning_rate": True, "target_kl": 0.01},
+        "ppo": {"epochs": 2, "minibatches": 2, "anneal_learning_rate": True, "target_kl": 0.001},
     },
     "masked": {
         "method": "kaleidoscope",
