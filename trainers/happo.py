@@ -63,6 +63,7 @@ class HAPPO(OnPolicy):
 
     def update(self, samples: Mapping[str, Tensor], random: RandomGenerator) -> dict[str, Quantity]:
         """See `Learner.update`; the order of the agents is drawn anew."""
+        self.findings = []
         active = samples.get("active")
         advantage = normalise(samples["advantage"], active)
         agents = len(advantage)
