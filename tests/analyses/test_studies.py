@@ -14,7 +14,7 @@ from analyses.aggregate import across_seeds
 from analyses.studies import STUDIES, Study, run_study
 from analyses.studies.decoupling import DECOUPLING
 from analyses.studies.seeds import FEWEST, difference, estimate, over_training
-from analyses.studies.specialisation import METHODS, SPECIALISATION, levels
+from analyses.studies.specialisation import LEARNED, METHODS, SPECIALISATION, levels
 from analyses.studies.variance import VARIANCE, trained_parameters
 from analyses.studies.verdict import Estimate, judge
 from gradlab.checks import Failed, UsageError
@@ -298,11 +298,19 @@ def test_reports_in_the_documentation_are_of_studies_that_there_are():
 
 @pytest.mark.slow
 def test_specialisation_claims_of_the_stateless_game_are_supported(tmp_path):
-    study = small(SPECIALISATION, env=["specialisation"])
-    quick = study.budgets["quick"]
-    usual = {"frames": 150_000, "diagnostics": "full", "every": 25}
-    study = dataclasses.replace(study, budgets={"quick": quick | {"settings": usual}})
-    text = run_study(study, "quick", tmp_path, train=train).read_text()
-    assert text.count("**supported**") == 2, text
+    methods = ["fups", "nops", "hypermarl-linear"]
+    study = small(SPECIALISATION, env=["specialisation"], method=methods)
+    usual = {"frames": 60_000, "diagnostics": "full", "every": 15}
+    study = dataclasses.replace(
+        study, budgets={"quick": study.budgets["quick"] | {"settings": usual}}
+    )
+    report = run_study(study, "quick", tmp_path, train=train)
+    text = report.read_text()
+    assert "**supported**: specialisation: fups, which can't tell agents apart" in text
+    # not all others were trained
+    assert f"**undecided**: specialisation: all other methods reach {LEARNED:.0%}" in text
+    rewards = pd.read_csv(report.parent / "specialisation-runs.csv").groupby("method")["reward"]
+    assert rewards.count().to_dict() == dict.fromkeys(methods, 5)
+    assert rewards.min()[methods[1:]].min() > LEARNED
     for folder in (tmp_path / "runs").glob("*/"):
         assert float(open_run(folder).quantity("residual").max()) < 1e-4
