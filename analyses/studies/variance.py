@@ -42,6 +42,7 @@ _FIGURES = {
 _BY = ("environment", "method")
 _REFERENCE = "fups-id"
 
+_PRESETS = ("dispersion", "navigation-4ag-different")
 _SMALL = {
     "diagnostics": "full",
     "copies": 64,
@@ -53,11 +54,11 @@ _SMALL = {
 """Settings that keep the smaller budgets small, over the paper's."""
 
 
-def _sweep(settings: dict[str, Any], seeds: int) -> dict[str, Any]:
+def _sweep(presets: Sequence[str], settings: dict[str, Any], seeds: int) -> dict[str, Any]:
     return {
         "settings": settings,
         "grid": {
-            "preset": ["dispersion", "navigation-4ag-different"],
+            "preset": list(presets),
             "method": list(METHODS),
             "seed": list(range(seeds)),
         },
@@ -212,9 +213,11 @@ VARIANCE = Study(
     name="variance",
     question="Does HyperMARL's policy gradient vary less, and by more than its size explains?",
     budgets={
-        "quick": _sweep(_SMALL | {"frames": 20_480, "every": 2}, 5),
-        "standard": _sweep(_SMALL | {"frames": 1_000_000, "every": 20}, 10),
-        "full": _sweep({"diagnostics": "full", "every": 20, "evaluation": {"every": 0}}, 10),
+        "quick": _sweep(_PRESETS[:1], _SMALL | {"frames": 20_480, "every": 2}, 5),
+        "standard": _sweep(_PRESETS, _SMALL | {"frames": 1_000_000, "every": 20}, 10),
+        "full": _sweep(
+            _PRESETS, {"diagnostics": "full", "every": 20, "evaluation": {"every": 0}}, 10
+        ),
     },
     about="Interquartile means over seeds with 95 % percentile bootstrap intervals (none for "
     "fewer than 5 seeds); powers of ten are differences of the logarithms' means. All of the "
