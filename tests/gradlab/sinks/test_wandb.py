@@ -1,5 +1,6 @@
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -50,9 +51,18 @@ def messages(data):
 
 def stored(folder):
     """What an offline run's file holds, in the tool's own messages: history rows, config, exit."""
+    [file] = folder.glob("wandb/offline-run-*/*.wandb")
+    until = time.monotonic() + 60
+    while True:  # the tool's own process writes the end a little after `finish`
+        rows, config, ended = _read(file)
+        if ended is not None or time.monotonic() > until:
+            return rows, config, ended
+        time.sleep(0.1)
+
+
+def _read(file):
     from wandb.proto import wandb_internal_pb2
 
-    [file] = folder.glob("wandb/offline-run-*/*.wandb")
     rows, config, ended = [], {}, None
     for data in messages(file.read_bytes()):
         record = wandb_internal_pb2.Record()
