@@ -76,6 +76,7 @@ def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow  # the commands themselves are run by the README's test
 def test_train_conflict_and_dashboard_work_beside_a_folder_called_trainers(tmp_path):
     (tmp_path / "trainers").mkdir()
     (tmp_path / "trainers" / "__init__.py").write_text("raise RuntimeError('not this one')")

@@ -240,6 +240,7 @@ def test_the_list_sorts_filters_and_shows_what_is_chosen(opened, address):
     assert outside(page, address) == set()
 
 
+@pytest.mark.slow  # the written page's test looks at the same panels
 def test_names_from_run_folders_stay_text(opened):
     listed = opened()
     assert listed.locator("#rows td", has_text=EVIL).count() >= 1

@@ -454,6 +454,7 @@ def test_workers_of_a_killed_training_end_and_it_resumes_to_the_same_bits(tmp_pa
     ends_as_the_whole(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_trainer_alone(tmp_path):
     status, error = interrupted(tmp_path, lambda trainer, _: os.killpg(trainer, signal.SIGINT))
     assert status == 130

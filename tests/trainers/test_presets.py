@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from selection import slow_but
 
 from gradlab.checks import UsageError
 from gradlab.cli import run as main
@@ -178,22 +179,17 @@ def test_file_is_above_the_preset_and_the_command_line_above_both(tmp_path, monk
 
 
 HERE = [name for name in NAMES if config(name).env in environment_names()]
-# hypernetworks of navigation's wide layers take seconds to make: one stands for all
-HYPERNETWORKS = ["navigation-4ag-half", *(name for name in HERE if "navigation" not in name)]
-
-
-def once_compiled(name, method):
-    """A case; maps take seconds to compile and are left to the slow tests."""
-    slow = name.startswith("smax")
-    return pytest.param(name, method, marks=[pytest.mark.slow] if slow else [])
+# Maps take seconds to compile, and hypernetworks of one family of presets are much alike.
+QUICK = [
+    *((name, "fups-id") for name in HERE if not name.startswith("smax")),
+    *((name, "hypermarl") for name in ("bps-1", "mamujoco-ant-4x2", "navigation-4ag-half")),
+    ("specialisation", "hypermarl"),
+]
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [
-        *(once_compiled(name, "fups-id") for name in HERE),
-        *(once_compiled(name, "hypermarl") for name in HYPERNETWORKS),
-    ],
+    slow_but([(name, method) for name in HERE for method in ("fups-id", "hypermarl")], *QUICK),
 )
 def test_preset_that_runs_here_trains(tmp_path, name, method):
     assert train_run(config(name, method=method, **TINY), tmp_path / "r")
