@@ -147,7 +147,8 @@ def explain(run: Run, agent: int, other: int, *, network: str = "actor", layer: 
     }.get(of("verdict", "theta"), "were not judged")
     where = f"{run.name}, {network}, {layer}, update {newest.update}"
     words = [f"{where}: agents {agent} and {other} {want} (Z cosine {said('theta')})"]
-    through = of("cosine_debiased", "psi") / of("cosine_debiased", "theta")
+    of_z = of("cosine_debiased", "theta")
+    through = of("cosine_debiased", "psi") / of_z if of_z else math.nan
     method = run.method_of(network)
     scheme = _SCHEMES.get(method, method)
     if method == "nops" and run.config.get("network", {}).get("log_std") != "shared":

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -15,10 +16,23 @@ import xarray as xr
 from filelock import FileLock, Timeout
 
 from gradlab.checks import UsageError, unknown_name
-from gradlab.run_writer import LOCK_FILE, RECORDS_FILE, RUN_FILE, SCHEMA, is_run
+from gradlab.run_writer import (
+    LOCK_FILE,
+    OURS,
+    RECORDS_FILE,
+    RUN_FILE,
+    SCHEMA,
+    check_no_links,
+    is_run,
+    written_as,
+)
 
 _EMBEDDING = "embedding_"
 _LAST = 2**63 - 1  # the largest number that the store holds
+_LARGEST_INFO = 10_000_000  # bytes of run.json; a training's has some thousands
+_LARGEST_RECORD = 10**9  # bytes; SQLite holds no more
+_MOST_AXES = 16
+_DTYPE = re.compile(r"[<|][biuf][0-9]{1,2}")
 
 
 def _notebook() -> Any:  # noqa: ANN401 -- a module
@@ -41,6 +55,47 @@ class _Quantity(NamedTuple):
     def size(self) -> int:
         """A whole record's bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def read(cls, row: tuple[Any, ...]) -> "_Quantity":
+        """Take a row of the table `quantity` for what it is, whoever wrote it.
+
+        Args:
+            row: Its columns.
+
+        Returns:
+            The quantity.
+
+        Raises:
+            ValueError: If it is none that a `RunWriter` writes.
+        """
+        name, dims, coordinates, dtype, unit, estimator = row
+        if not all(isinstance(text, str) for text in row):
+            raise ValueError("a quantity whose description is no text")
+        axes, labels = json.loads(dims), json.loads(coordinates)
+        if not (
+            isinstance(axes, list)
+            and isinstance(labels, dict)
+            and all(isinstance(axis, str) and axis in labels for axis in axes)
+            and len({"update", *axes}) == len(axes) + 1 <= _MOST_AXES
+            and all(_are_labels(labels[axis]) for axis in axes)
+        ):
+            raise ValueError(f"{name!r} has no axes with labels")
+        if not _DTYPE.fullmatch(dtype):
+            raise ValueError(f"{name!r} is of no numbers but of type {dtype!r}")
+        found = cls(tuple(axes), labels, np.dtype(dtype), unit, estimator)
+        if found.size > _LARGEST_RECORD:
+            raise ValueError(f"{name!r} has {found.size:,} bytes a record, which no file holds")
+        return found
+
+
+def _are_labels(labels: object) -> bool:
+    """Tell whether an axis can be labelled so: all names or all numbers, each once."""
+    if not isinstance(labels, list):
+        return False
+    names = all(isinstance(label, str) for label in labels)
+    numbers = all(isinstance(label, int | float) and abs(label) < _LAST for label in labels)
+    return (names or numbers) and len(set(labels)) == len(labels)
 
 
 def open_run(path: str | Path) -> "Run":
@@ -100,6 +155,14 @@ def open_runs(*paths: str | Path) -> list["Run"]:
     return [Run(path) for path in found.values()]
 
 
+def _cell(place: list[int], shape: list[int]) -> int:
+    """The position of a number in an array in C order."""
+    position = 0
+    for at, length in zip(place, shape, strict=True):
+        position = position * length + at
+    return position
+
+
 def _status(file: Path) -> os.stat_result | None:
     try:
         return file.stat()
@@ -127,6 +190,7 @@ class Run:
             empty = path.is_dir() and not any(path.iterdir())
             what = "is an empty folder" if empty else f"holds no run (no {RUN_FILE})"
             raise UsageError(f"{path} {what}. `gradlab runs` lists the runs there are.")
+        check_no_links(path)
         self.path = path
         self.name = path.resolve().name
         self.problems: list[str] = []
@@ -263,10 +327,16 @@ class Run:
         """
         known = self._known(name)
         fixed = {dim: self._place(name, dim, label) for dim, label in (where or {}).items()}
-        cells = np.arange(known.size // known.dtype.itemsize).reshape(known.shape)
-        cells = cells[tuple(fixed.get(dim, slice(None)) for dim in known.dims)]
-        first, count = (int(cells.min()), int(np.ptp(cells)) + 1) if cells.size else (0, 0)
         item = known.dtype.itemsize
+        kept = [dim for dim in known.dims if dim not in fixed]
+        shape = [len(known.coordinates[dim]) for dim in kept]
+        first, count = 0, 0
+        if known.size:
+            ends = zip(known.dims, known.shape, strict=True)
+            last = [fixed.get(dim, length - 1) for dim, length in ends]
+            begin = [fixed.get(dim, 0) for dim in known.dims]
+            first, end = (_cell(place, known.shape) for place in (begin, last))
+            count = end - first + 1
         rows = [
             (update, data)
             for update, length, data in self._rows(name, first * item, count * item, since, until)
@@ -274,11 +344,13 @@ class Run:
         ]
         values = np.frombuffer(b"".join(data for _, data in rows), dtype=known.dtype)
         values = values.reshape(len(rows), count)
-        if count != cells.size:
-            values = values[:, cells.ravel() - first]
-        kept = [dim for dim in known.dims if dim not in fixed]
+        if rows and count != math.prod(shape):
+            # Only now: a record of that size is there.
+            cells = np.arange(known.size // item).reshape(known.shape)
+            places = cells[tuple(fixed.get(dim, slice(None)) for dim in known.dims)]
+            values = values[:, places.ravel() - first]
         return xr.DataArray(
-            values.reshape(len(rows), *cells.shape),
+            values.reshape(len(rows), *shape),
             dims=("update", *kept),
             coords={
                 "update": [update for update, _ in rows],
@@ -345,13 +417,22 @@ class Run:
 
     def _read_info(self) -> dict[str, Any]:
         try:
-            info = json.loads((self.path / RUN_FILE).read_bytes())
+            with (self.path / RUN_FILE).open("rb") as file:
+                text = file.read(_LARGEST_INFO + 1)
+            if len(text) > _LARGEST_INFO:
+                raise ValueError("too large")
+            info = json.loads(text)
             if not isinstance(info, dict):
                 raise ValueError("not a JSON object")
         except FileNotFoundError:
             self.problems.append(f"{RUN_FILE} is missing: method and settings are unknown")
             return {}
-        except ValueError:
+        except OSError as error:
+            self.problems.append(
+                f"{RUN_FILE} can't be read ({error.strerror}): method and settings are unknown"
+            )
+            return {}
+        except (ValueError, RecursionError):
             self.problems.append(f"{RUN_FILE} is damaged: method and settings are unknown")
             return {}
         self._check_schema(info.get("schema"), RUN_FILE)
@@ -378,7 +459,9 @@ class Run:
                 # Without this SQLite refuses a cut-off file whole; the connection can't write.
                 database.execute("PRAGMA writable_schema=ON")
                 (version,) = database.execute("PRAGMA user_version").fetchone()
-                database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                database.execute("PRAGMA trusted_schema=OFF")
+                database.execute("PRAGMA cell_size_check=ON")
+                written = written_as(database)
             except sqlite3.OperationalError:
                 continue
             except sqlite3.DatabaseError as error:
@@ -388,6 +471,11 @@ class Run:
                 return None
             if version:  # 0 while a new file's first transaction is under way
                 self._check_schema(version, RECORDS_FILE)
+            if written and written != OURS:
+                self.problems.append(
+                    f"{RECORDS_FILE} has other tables than gradlab writes: there are no records"
+                )
+                return None
             return database
         self.problems.append(f"{RECORDS_FILE} can't be opened: there are no records")
         return None
@@ -398,17 +486,9 @@ class Run:
             return found
         columns = "name, dims, coordinates, dtype, unit, estimator"
         try:
-            for name, dims, coordinates, dtype, unit, estimator in self._database.execute(
-                f"SELECT {columns} FROM quantity ORDER BY rowid"
-            ):
-                found[name] = _Quantity(
-                    tuple(json.loads(dims)),
-                    json.loads(coordinates),
-                    np.dtype(dtype),
-                    unit,
-                    estimator,
-                )
-        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+            for row in self._database.execute(f"SELECT {columns} FROM quantity ORDER BY rowid"):
+                found[row[0]] = _Quantity.read(row)
+        except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
             self.problems.append(
                 f"{RECORDS_FILE} is damaged ({error}): only what {len(found)} quantities recorded "
                 "can be read"
@@ -436,7 +516,8 @@ class Run:
             part = "substr(array, :start + 1, :count)" if count else "x''"
             query = (
                 f'SELECT "update", length(array), {part} FROM record WHERE quantity = :name '
-                "AND \"update\" BETWEEN :since AND :until AND typeof(array) = 'blob' "
+                'AND "update" BETWEEN :since AND :until AND typeof("update") = \'integer\' '
+                "AND typeof(array) = 'blob' "
                 'ORDER BY "update"'
             )
             wanted = {"name": name, "start": start, "count": count, "since": since, "until": until}

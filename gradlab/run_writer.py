@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import secrets
 import sqlite3
+import stat
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +26,8 @@ RUN_FILE = "run.json"
 RECORDS_FILE = "records.sqlite"
 LOCK_FILE = "lock"
 
-_TABLES = """
+# A reader takes records from tables that were made so, and from no others.
+TABLES = """
 CREATE TABLE IF NOT EXISTS quantity (
     name TEXT PRIMARY KEY,
     dims TEXT NOT NULL,         -- JSON list of axis names
@@ -41,6 +45,43 @@ CREATE UNIQUE INDEX IF NOT EXISTS record_by_quantity ON record (quantity, "updat
 """
 
 
+def written_as(database: sqlite3.Connection) -> list[str]:
+    """Look up what the tables of records were made by.
+
+    Of those, all there is: a view or a computed column in their place could hold whoever reads it
+    up for ever or fill the memory, and a trigger change what is written.
+
+    Args:
+        database: An open database.
+
+    Returns:
+        Statements, without comments and line breaks.
+    """
+    rows = database.execute(
+        "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND tbl_name IN ('quantity', 'record')"
+    )
+    return sorted(" ".join(re.sub("--.*", "", str(sql)).split()) for (sql,) in rows)
+
+
+def _ours() -> list[str]:
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.executescript(TABLES)
+        return written_as(database)
+
+
+OURS = _ours()
+"""What `written_as` says of a file that gradlab made."""
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """What run.json says, nothing if it is damaged."""
+    try:
+        info = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file so that a reader or a crash sees the old one or the new one, never a part.
 
@@ -49,8 +90,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         data: The whole new content.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # follows no link that somebody put there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -69,6 +111,32 @@ def is_run(path: Path) -> bool:
         Whether one of a run's files stands in it.
     """
     return (path / RUN_FILE).is_file() or (path / RECORDS_FILE).is_file()
+
+
+def check_no_links(folder: Path) -> None:
+    """Refuse a folder in which a name leads elsewhere, so that a run stays within its own.
+
+    Args:
+        folder: A run folder.
+
+    Raises:
+        UsageError: If anything in it is a link, a pipe, or whatever else is no file or folder.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UsageError(f"{folder} can't be looked into: {error.strerror}.") from None
+    for name in names:
+        try:
+            mode = (folder / name).lstat().st_mode
+        except FileNotFoundError:  # a trainer replaces its files
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            what = "link to elsewhere" if stat.S_ISLNK(mode) else "special file"
+            raise UsageError(
+                f"{folder / name} is a {what}, which is not followed. Remove it, or put the file "
+                "itself there."
+            )
 
 
 class RunWriter:
@@ -98,6 +166,7 @@ class RunWriter:
             raise UsageError(
                 f"{path} can't be made: {error.strerror}. Choose another --out."
             ) from None
+        check_no_links(path)
         self.path = path
         self.notes: list[str] = []
         self._lock = FileLock(path / LOCK_FILE)
@@ -112,7 +181,17 @@ class RunWriter:
         self._forwarding: Forwarding | None = None
         self._info: dict[str, Any] = {"schema": SCHEMA, "id": secrets.token_hex(8)}
         if (path / RUN_FILE).is_file():
-            self._info |= json.loads((path / RUN_FILE).read_bytes())
+            self._info |= _known(path / RUN_FILE)
+        try:
+            self._open()
+        except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
+            self._lock.release()
+            raise UsageError(
+                f"{path / RECORDS_FILE} can't be gone on with ({error}). Choose another --out."
+            ) from None
+
+    def _open(self) -> None:
+        path = self.path
         # Autocommit mode: transactions are opened and closed by hand, one for each update.
         self._database = sqlite3.connect(path / RECORDS_FILE, isolation_level=None)
         (mode,) = self._database.execute("PRAGMA journal_mode=WAL").fetchone()
@@ -122,7 +201,9 @@ class RunWriter:
                 "a live reader may have to wait for the writer."
             )
         self._database.execute("PRAGMA synchronous=NORMAL")
-        self._database.executescript(_TABLES)
+        self._database.executescript(TABLES)
+        if written_as(self._database) != OURS:
+            raise ValueError("it has other tables than gradlab writes")
         self._database.execute(f"PRAGMA user_version={SCHEMA}")
         self._shapes = {
             name: (tuple(json.loads(dims)), np.dtype(dtype), json.loads(coordinates))
@@ -187,7 +268,7 @@ class RunWriter:
                 are kept. A quantity's axes, labels and type are those of its first record.
 
         Raises:
-            ValueError: If a quantity's axes or labels differ from those of its first record.
+            UsageError: If a quantity's axes or labels differ from those of its first record.
         """
         quantities = {
             name: Quantity.of(value) if isinstance(value, xr.DataArray) else value
@@ -221,7 +302,7 @@ class RunWriter:
         if name in self._shapes:
             known_dims, _, known_coordinates = self._shapes[name]
             if (dims, coordinates) != (known_dims, known_coordinates):
-                raise ValueError(
+                raise UsageError(
                     f"`{name}` must keep its axes {known_dims} and their labels. Got {dims} with "
                     f"{coordinates}, first recorded with {known_coordinates}."
                 )

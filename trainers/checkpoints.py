@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -173,12 +174,17 @@ def _read_if_whole(stem: Path) -> Checkpoint | str:
         return _read(stem)
     except UsageError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError),
+        SafetensorError,
+    ) as error:
         return str(error)
 
 
 def _read(stem: Path) -> Checkpoint:
     files = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+    if links := [path.name for path in (stem.parent, *files) if path.is_symlink()]:
+        raise ValueError(f"{links[0]} is a link to elsewhere")
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{missing[0]} is missing")
     head_bytes, data = (file.read_bytes() for file in files)
@@ -192,6 +198,8 @@ def _read(stem: Path) -> Checkpoint:
                 "Resume with the gradlab that wrote it, or upgrade."
             )
         raise ValueError("its content is not what was written")
+    if head["update"] != int(stem.name) or not isinstance(head["values"], dict):
+        raise ValueError("its .json file is none of that update")
     return Checkpoint(update=head["update"], tensors=load(data), values=head["values"])
 
 
@@ -206,7 +214,7 @@ def _stems(run: Path) -> list[Path]:
     found = {
         path.with_suffix("")
         for path in (run / FOLDER).glob("*")
-        if path.suffix in {".json", ".safetensors"} and path.stem.isdigit()
+        if path.suffix in {".json", ".safetensors"} and re.fullmatch("[0-9]{9,18}", path.stem)
     }
     return sorted(found)
 

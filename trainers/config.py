@@ -3,7 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from gradlab.checks import UsageError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -487,8 +497,19 @@ def differing_settings(
 
     Returns:
         E.g. "ppo.epochs=4, not 5; seed=0, not 1"; empty if there is no difference.
+
+    Raises:
+        UsageError: If the recorded settings are none.
     """
-    known = TrainConfig.model_validate(recorded).model_dump(mode="json", exclude=set(but))
+    try:
+        known = TrainConfig.model_validate(recorded).model_dump(mode="json", exclude=set(but))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(
+            f"the recorded settings can't be used: `{where}`: {first['msg']}. Go on with the "
+            "gradlab that wrote them."
+        ) from None
     old, new = flat(known), flat(asked.model_dump(mode="json", exclude=set(but)))
     return "; ".join(
         f"{name}={old.get(name)!r}, not {new.get(name)!r}"

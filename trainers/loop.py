@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -214,14 +215,15 @@ class Trainer:
             checkpoint: What `state` returned, from a trainer of the same settings.
 
         Raises:
-            UsageError: If its settings are others.
+            UsageError: If its settings are others, or it is none of such a training.
         """
         self.load_networks(checkpoint)
-        last = checkpoint.values["last_return"]
-        self.last_return = math.nan if last is None else last
-        self.random.set_state(checkpoint.tensors["random"])
-        self.learner.load_state(checkpoint)
-        self.collector.env.load_state(checkpoint.under("env"), checkpoint.values["env"])
+        with _fitting(checkpoint):
+            last = checkpoint.values["last_return"]
+            self.last_return = math.nan if last is None else float(last)
+            self.random.set_state(checkpoint.tensors["random"])
+            self.learner.load_state(checkpoint)
+            self.collector.env.load_state(checkpoint.under("env"), checkpoint.values["env"])
 
     def load_networks(self, checkpoint: Checkpoint) -> None:
         """Take over what agents act with, and the number of updates done; not to train on.
@@ -240,7 +242,8 @@ class Trainer:
                 "Go on with it with the settings that it was made with."
             )
         self.updates_done = checkpoint.update + 1
-        self.learner.load_networks(checkpoint)
+        with _fitting(checkpoint):
+            self.learner.load_networks(checkpoint)
 
     def _evaluation_is_due(self) -> bool:
         every, done = self.config.evaluation.every, self.updates_done
@@ -312,6 +315,22 @@ class Trainer:
             f"Saved is the state after update {self.updates_done - 1}; to go on from there: "
             f"gradlab train --resume --out {run}"
         )
+
+
+@contextmanager
+def _fitting(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say in a line that a checkpoint is not of the training that is to go on from it."""
+    try:
+        yield
+    except (UsageError, EnvironmentFailed):
+        raise
+    # Names, shapes and types of tensors and values are whatever the file says.
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UsageError(
+            f"the checkpoint of update {checkpoint.update} is not of a training with these "
+            f"settings ({cause}). Take another run, or train anew."
+        ) from error
 
 
 def describe(trainer: Trainer) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from analyses.listing import last_number
 from dashboards.text import clean
 from gradlab.checks import UsageError
 from gradlab.run import Run, open_run, runs_below
-from gradlab.run_writer import LOCK_FILE, RECORDS_FILE, RUN_FILE
+from gradlab.run_writer import RECORDS_FILE, RUN_FILE
 
 Row = dict[str, Any]
 """One run in the list, as JSON: see `RunIndex.rows`."""
 
 _FRESH = 0.5  # seconds for which a look at the folders serves all who ask
-_FILES = (RUN_FILE, RECORDS_FILE, f"{RECORDS_FILE}-wal", f"{RECORDS_FILE}-shm", LOCK_FILE)
+_FILES = (RUN_FILE, RECORDS_FILE, f"{RECORDS_FILE}-wal")
 
 
 class RunIndex:
@@ -83,7 +83,7 @@ class RunIndex:
         path = self.paths().get(name)
         if path is None:
             raise UsageError(f"There is no run {clean(name)[:200]!r} here.")
-        return _opened(path)
+        return open_run(path)
 
     def rows(self) -> list[Row]:
         """List the runs; one that has not changed is not read again.
@@ -123,16 +123,9 @@ def _named(found: Sequence[tuple[Path, Path]]) -> dict[str, Path]:
     return named
 
 
-def _opened(path: Path) -> Run:
-    for file in _FILES:
-        if (path / file).is_symlink():
-            raise UsageError(f"{path / file} is a link to elsewhere, which is not followed.")
-    return open_run(path)
-
-
 def _stamp(path: Path) -> list[object]:
     """What differs once a file has changed; a reader makes an empty log, which is no change."""
-    stats = [_status(path / file) for file in _FILES[:3]]
+    stats = [_status(path / file) for file in _FILES]
     return [(s.st_ino, s.st_mtime_ns, s.st_size) if s and s.st_size else None for s in stats]
 
 
@@ -155,7 +148,7 @@ def _row(path: Path) -> Row:
         "changed",
     ))
     try:
-        run = _opened(path)
+        run = open_run(path)
         return row | {
             "method": clean(run.method),
             "environment": clean(run.environment),
@@ -190,5 +183,5 @@ def _finite(value: float) -> float | None:
 
 
 def _changed(path: Path) -> float:
-    stats = [_status(path / file) for file in _FILES[:3]]
+    stats = [_status(path / file) for file in _FILES]
     return max((s.st_mtime for s in stats if s and s.st_size), default=0.0)

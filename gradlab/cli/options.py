@@ -4,9 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
-
 from gradlab.checks import UsageError
+from trainers.documents import parse_document, read_document
 from trainers.settings import setting_fields
 
 _PREFIX = "setting:"
@@ -69,18 +68,15 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     for setting, what in _ASSIGNED.items():
         if given := getattr(options, setting):
             assigned = dict(_assignment(text, what) for text in given)
-            settings[setting] = {**settings.get(setting, {}), **assigned}
+            beneath = settings.get(setting, {})
+            if not isinstance(beneath, dict):
+                raise UsageError(f"{options.config}: `{setting}` must hold arguments by name.")
+            settings[setting] = {**beneath, **assigned}
     return settings
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise UsageError(f"{file} can't be read: {error.strerror}. Give a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        cause = " ".join(str(error).split())
-        raise UsageError(f"{file} is not YAML: {cause}.") from None
+    settings = read_document(file).content
     if settings is None:
         return {}
     if not isinstance(settings, dict):
@@ -92,7 +88,4 @@ def _assignment(text: str, what: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not (name and separator):
         raise UsageError(f"an argument to {what} must read NAME=VALUE. Got {text!r}.")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UsageError(f"the value in {text!r} is not YAML. Put quotes around it.") from None
+    return name, parse_document(value, f"the value in {text!r}").content

@@ -17,7 +17,7 @@ from gradlab.cli.options import given_settings
 from gradlab.cli.show import print_conflict, write_dashboard
 from gradlab.cli.stopping import Stopped, stop_on_signal
 from trainers.config import MAY_DIFFER
-from trainers.presets import SETTING, load_preset, preset_names, with_preset
+from trainers.presets import SETTING, load_preset, merged, preset_names, with_preset
 from trainers.settings import make_config
 
 DEMO = {
@@ -172,11 +172,7 @@ def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     kept = open_run(out).config
     if not kept:
         raise UsageError(f"{out} can't be resumed: its run.json is lost or damaged.")
-    both = {
-        name: {**kept.get(name, {}), **value} if isinstance(value, dict) else value
-        for name, value in given.items()
-    }
-    config = make_config({**kept, **both})
+    config = make_config(merged(kept, given))
     check_same_settings(config, out, but=MAY_DIFFER)
     checkpoint, _ = newest_checkpoint(out)
     if checkpoint:

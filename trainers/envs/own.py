@@ -5,9 +5,11 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from gradlab.checks import UsageError, check, unknown_name
+from gradlab.run_writer import is_run
 from trainers.envs.parallel_copies import ParallelCopies, in_one_line
 from trainers.envs.vector_env import VectorEnv
 
@@ -72,6 +74,29 @@ def make_own(
     return env
 
 
+def check_not_of_a_run(name: str, module: str) -> None:
+    """Refuse code that lies in a run folder: a run from somebody else must not bring its own.
+
+    Args:
+        name: The environment's name, which may be what such a run says.
+        module: The module that would be imported for it.
+
+    Raises:
+        UsageError: If it would be found in a run folder.
+    """
+    parts = module.split(".")
+    for base in (os.getcwd(), *sys.path):
+        place = Path(base).resolve().joinpath(*parts)
+        first = Path(base, parts[0])
+        if (first.is_dir() or first.with_suffix(".py").is_file()) and any(
+            is_run(folder) for folder in (place, *place.parents)
+        ):
+            raise UsageError(
+                f"{name}: {first.resolve()} lies in a run folder, from which no code is taken. "
+                "Move it elsewhere if you trust it."
+            )
+
+
 def _found(name: str) -> Callable[..., Any]:
     """The function that a name leads to."""
     module, _, attribute = name.partition(SEPARATOR)
@@ -81,6 +106,7 @@ def _found(name: str) -> Callable[..., Any]:
             f"an environment of your own must be named module{SEPARATOR}function, e.g. "
             f"my_package.my_module{SEPARATOR}make_env. Got {name!r}."
         )
+    check_not_of_a_run(name, module)
     here = os.getcwd()
     # A console script's path does not have it, that of `python -m` has. In front while the module
     # is looked for, behind afterwards: a folder in it may be called like a package of gradlab's.

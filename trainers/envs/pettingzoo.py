@@ -13,6 +13,7 @@ from typing import Any
 
 from gradlab.checks import UsageError, unknown_name
 from gradlab.extras import require
+from trainers.envs.own import check_not_of_a_run
 from trainers.envs.parallel_copies import ParallelCopies, in_one_line
 
 EXTRA = "pettingzoo"
@@ -59,6 +60,7 @@ def make_pettingzoo(
     """
     name = f"pettingzoo/{module}"
     package = module.partition(".")[0]
+    check_not_of_a_run(name, module)
     if package in {"pettingzoo", "mpe2"}:
         require(EXTRA, "pettingzoo", package)
     # Pygame greets on standard output, and old names of environments warn that they are old.

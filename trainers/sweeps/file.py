@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from gradlab.checks import UsageError
+from trainers.documents import read_document
 from trainers.sweeps import plan
 
 
@@ -22,21 +23,8 @@ def read_sweep(file: Path) -> tuple[dict[str, Any], plan.Place]:
     Raises:
         UsageError: If it can't be read, is not YAML, says something twice, or holds no settings.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{file} can't be read: {cause}. Give a YAML file.") from None
-    try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        marks = {} if root is None else dict(_marks(root, (), file))
-        document = None if root is None else loader.construct_document(root)
-    except yaml.YAMLError as error:
-        cause = " ".join(str(error).split())
-        raise UsageError(f"{file} is not YAML: {cause}.") from None
-    except RecursionError:
-        raise UsageError(f"{file} holds an anchor that stands for itself. Write it out.") from None
+    document, root = read_document(file)
+    marks = {} if root is None else dict(_marks(root, (), file))
     if not isinstance(document, dict):
         raise UsageError(
             f"{file} must hold {', '.join(plan.PARTS)} by name. Got {type(document).__name__}."
