@@ -104,28 +104,23 @@ class NetworkProbe:
         for name, network in self.networks.items():
             precise = self.precise(name)
             held = {} if context is None else context[name]
-            if self.level == "light":
-                d = decompose(
-                    precise,
-                    network.surrogate,
-                    in_precision(batches[name], torch.float64),
-                    mask=mask,
-                    context=in_precision(held, torch.float64),
-                )
-            else:
-                d = decompose(
-                    network.generator,
-                    network.surrogate,
-                    batches[name],
-                    mask=mask,
-                    context=held,
-                    copy=copy,
-                    check=CHECKED_SAMPLES,
-                    precise=precise,
-                )
+            light, batch = self.level == "light", batches[name]
+            if exact := light or _in_half_precision(network.generator):
+                batch, held = (in_precision(t, torch.float64) for t in (batch, held))
+            d = decompose(
+                precise if exact else network.generator,
+                network.surrogate,
+                batch,
+                mask=mask,
+                context=held,
+                copy=None if light else copy,
+                check=None if light else CHECKED_SAMPLES,
+                precise=None if light else precise,
+            )
             taken[name] = d
             self.engines[name] = d.moments.engines
             sentences = without_samples(d.moments) + non_finite(d.moments, batches[name])
+            sentences += vanishing(d.moments)
             self.findings += [f"{name}, {sentence}" for sentence in sentences]
             embedding = embedding_of(network.generator)
             if embedding is not None:
@@ -212,6 +207,38 @@ def non_finite(moments: Moments, batch: Mapping[str, Tensor]) -> list[str]:
             + (f", whose {' and '.join(causes)} is not finite." if causes else ".")
         )
     return sentences
+
+
+def vanishing(moments: Moments) -> list[str]:
+    """Say whose gradients are zero, or have squares that are.
+
+    Args:
+        moments: Moments of the gradients.
+
+    Returns:
+        A sentence for each agent whose gradient is zero in every sample, and for each layer where
+        it is so small that its square underflows.
+    """
+    parts = moments.layout.split_by_layer(moments.sum)
+    largest = torch.stack([part.abs().amax(1) for _, part in parts], dim=1)
+    nothing = (moments.squared_norm == 0) & (moments.count > 0)[:, None]
+    zero = (nothing & (largest == 0)).all(1).nonzero().flatten().tolist()
+    sentences = [
+        f"agent {agent}: the gradient is zero in all samples; it has no direction."
+        for agent in zero
+    ]
+    for agent, layer in (nothing & (largest > 0)).nonzero().tolist():
+        sentences.append(
+            f"agent {agent}, layer {moments.layout.layers[layer]}: the gradient is so small (at "
+            f"most {float(largest[agent, layer]):.1e} summed up) that its square is 0; variance "
+            "and intervals are not to be trusted."
+        )
+    return sentences
+
+
+def _in_half_precision(module: nn.Module) -> bool:
+    """Whether there are parameters whose type is too coarse for sums of gradients."""
+    return any(p.dtype in {torch.float16, torch.bfloat16} for p in module.parameters())
 
 
 class PreciseCopy:

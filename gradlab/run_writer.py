@@ -4,10 +4,11 @@ import json
 import os
 import re
 import secrets
+import shutil
 import sqlite3
 import stat
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import xarray as xr
 from filelock import FileLock, Timeout
 
-from gradlab.checks import UsageError
+from gradlab.checks import Failed, UsageError
 from gradlab.quantity import Quantity
 from gradlab.sinks.record import Record
 from gradlab.sinks.sink import About, Forwarding, Sink
@@ -82,6 +83,47 @@ def _known(file: Path) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
+_REFUSALS = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+}
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether it is the disk's, and not what a file holds."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return isinstance(error, OSError) or (code is not None and code & 0xFF in _REFUSALS)
+
+
+class NotWritten(Failed):
+    """What the disk refuses to take; the message says which file, and why."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make one line of what a disk answers that is full, read-only or broken.
+
+    Args:
+        path: What is written to.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        NotWritten: In place of the system's and the database's errors.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        if isinstance(error, OSError):
+            cause = error.strerror
+        else:  # which may be called an "I/O error" where the disk is full
+            cause = f"{error} ({shutil.disk_usage(path.parent).free:,} bytes are free)"
+        raise NotWritten(f"{path} can't be written: {cause}") from None
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file so that a reader or a crash sees the old one or the new one, never a part.
 
@@ -139,6 +181,28 @@ def check_no_links(folder: Path) -> None:
             )
 
 
+def _check_free(path: Path) -> None:
+    """Raise if a run is there."""
+    if is_run(path):
+        raise UsageError(
+            f"{path} already holds a run; nothing was overwritten. Choose another --out, or "
+            "add --resume to go on with it."
+        )
+
+
+def sync(path: Path) -> None:
+    """Make what was done to a file, or to the names in a folder, survive a power cut.
+
+    Args:
+        path: The file or folder.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 class RunWriter:
     """The one writer of a run folder.
 
@@ -153,11 +217,8 @@ class RunWriter:
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
-        if is_run(path) and not resume:
-            raise UsageError(
-                f"{path} already holds a run; nothing was overwritten. Choose another --out, or "
-                "add --resume to go on with it."
-            )
+        if not resume:
+            _check_free(path)
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; a run needs a folder. Choose another --out.")
         try:
@@ -172,7 +233,8 @@ class RunWriter:
         self._lock = FileLock(path / LOCK_FILE)
         try:
             # A reader that looks whether somebody writes holds the lock for an instant.
-            self._lock.acquire(timeout=0.5, poll_interval=0.02)
+            with writing(path / LOCK_FILE):
+                self._lock.acquire(timeout=0.5, poll_interval=0.02)
         except Timeout:
             raise UsageError(
                 f"{path} is being written by another process. Wait for it, or choose another --out."
@@ -180,12 +242,20 @@ class RunWriter:
         self._described = False
         self._forwarding: Forwarding | None = None
         self._info: dict[str, Any] = {"schema": SCHEMA, "id": secrets.token_hex(8)}
-        if (path / RUN_FILE).is_file():
-            self._info |= _known(path / RUN_FILE)
         try:
+            if (path / RUN_FILE).is_file():
+                self._info |= _known(path / RUN_FILE)
+            if not resume:
+                _check_free(path)  # another may have come and gone meanwhile
             self._open()
-        except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
+        except UsageError:
             self._lock.release()
+            raise
+        except (OSError, sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
+            self._lock.release()
+            with writing(path / RECORDS_FILE):
+                if _is_refusal(error):
+                    raise
             raise UsageError(
                 f"{path / RECORDS_FILE} can't be gone on with ({error}). Choose another --out."
             ) from None
@@ -197,8 +267,8 @@ class RunWriter:
         (mode,) = self._database.execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
             self.notes.append(
-                f"{path} is on a file system without write-ahead logging (journal mode {mode!r}): "
-                "a live reader may have to wait for the writer."
+                f"{self.path} is on a file system without write-ahead logging (journal mode "
+                f"{mode!r}): a live reader may have to wait for the writer."
             )
         self._database.execute("PRAGMA synchronous=NORMAL")
         self._database.executescript(TABLES)
@@ -223,7 +293,8 @@ class RunWriter:
     ) -> None:
         try:
             if error is not None and self._described:
-                self.describe(state="failed", error=f"{type(error).__name__}: {error}")
+                with suppress(NotWritten):  # what it failed with says more
+                    self.describe(state="failed", error=f"{type(error).__name__}: {error}")
         finally:
             self._database.close()
             self._lock.release()
@@ -237,13 +308,17 @@ class RunWriter:
         Args:
             **info: Entries that JSON can hold, e.g. `state="done"`. A state comes with its own
                 `error`, or none: that of an earlier state goes.
+
+        Raises:
+            NotWritten: If the disk refuses; what run.json said before is then still there.
         """
         if "state" in info:
             self._info.pop("error", None)
         self._info |= info
         self._described = True
         text = json.dumps(self._info, indent=2, sort_keys=True) + "\n"
-        write_atomically(self.path / RUN_FILE, text.encode())
+        with writing(self.path / RUN_FILE):
+            write_atomically(self.path / RUN_FILE, text.encode())
 
     def forward(
         self, sinks: Sequence[Sink], first: int, tell: Callable[[str], None] = lambda _: None
@@ -269,22 +344,14 @@ class RunWriter:
 
         Raises:
             UsageError: If a quantity's axes or labels differ from those of its first record.
+            NotWritten: If the disk refuses; then nothing of this update is recorded.
         """
         quantities = {
             name: Quantity.of(value) if isinstance(value, xr.DataArray) else value
             for name, value in values.items()
         }
-        self._database.execute("BEGIN")
-        try:
-            for name, quantity in quantities.items():
-                self._define(name, quantity)
-                dtype = self._shapes[name][1]
-                data = np.ascontiguousarray(quantity.values, dtype=dtype).tobytes()
-                self._database.execute("INSERT INTO record VALUES (?, ?, ?)", (name, update, data))
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
+        with writing(self.path / RECORDS_FILE):
+            self._insert(update, quantities)
         if self._forwarding is not None:
             self._forwarding.write(Record(update=update, quantities=quantities))
 
@@ -293,8 +360,53 @@ class RunWriter:
 
         Args:
             update: The last update to keep; -1 drops all.
+
+        Raises:
+            NotWritten: If the disk refuses.
         """
-        self._database.execute('DELETE FROM record WHERE "update" > ?', (update,))
+        with writing(self.path / RECORDS_FILE):
+            self._database.execute('DELETE FROM record WHERE "update" > ?', (update,))
+
+    def sync(self) -> None:
+        """Wait until the disk has all that was recorded, for what is to rely on it.
+
+        Otherwise only a power cut, or a machine that breaks down, loses the last records.
+
+        Raises:
+            NotWritten: If the disk refuses.
+        """
+        # Only the log: closing another handle of the database itself would let go of its locks.
+        # What is not in the log SQLite has synced.
+        log = self.path / f"{RECORDS_FILE}-wal"
+        if log.exists():
+            with writing(log):
+                sync(log)
+
+    def newest_update(self) -> int:
+        """Look up how far the records go.
+
+        Returns:
+            The last update of which anything is recorded; -1 if nothing is.
+        """
+        query = 'SELECT max("update") FROM record'
+        (last,) = self._database.execute(query).fetchone()
+        return -1 if last is None else int(last)
+
+    def _insert(self, update: int, quantities: Mapping[str, Quantity]) -> None:
+        self._database.execute("BEGIN")
+        known = set(self._shapes)
+        try:
+            for name, quantity in quantities.items():
+                self._define(name, quantity)
+                dtype = self._shapes[name][1]
+                data = np.ascontiguousarray(quantity.values, dtype=dtype).tobytes()
+                self._database.execute("INSERT INTO record VALUES (?, ?, ?)", (name, update, data))
+            self._database.execute("COMMIT")
+        except BaseException:
+            if self._database.in_transaction:  # a full disk has undone it already
+                self._database.execute("ROLLBACK")
+            self._shapes = {name: self._shapes[name] for name in known}
+            raise
 
     def _define(self, name: str, quantity: Quantity) -> None:
         dims = quantity.dims

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from gradlab.checks import UsageError
-from gradlab.run_writer import write_atomically
+from gradlab.run_writer import RunWriter, sync, write_atomically, writing
 
 SCHEMA = 2
 FOLDER = "checkpoints"
@@ -77,7 +76,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     }
     head["sha256"] = _digest(head, data)
     write_atomically(stem.with_suffix(".json"), json.dumps(head).encode())
-    _sync(folder)
+    sync(folder)
     stems = _stems(run)
     kept = stems[: stems.index(stem) + 1][-KEPT:]
     for other in stems:
@@ -93,30 +92,40 @@ class Saver:
         self._next = 0.0
         self._saved = -1
 
-    def save(self, run: Path, state: Callable[[], Checkpoint], *, at_once: bool = False) -> None:
-        """Write a checkpoint if it is time to.
+    def save(
+        self, run: RunWriter, state: Callable[[], Checkpoint], *, at_once: bool = False
+    ) -> None:
+        """Write a checkpoint if it is time to, after the records that it goes on from.
 
         Args:
             run: The run folder.
             state: Makes the checkpoint.
             at_once: Whatever the time, unless that update is saved already.
+
+        Raises:
+            NotWritten: If the disk refuses; older checkpoints are then still there.
         """
         began = time.monotonic()
         if not at_once and began < self._next:
             return
         checkpoint = state()
         if checkpoint.update > self._saved:
-            write_checkpoint(run, checkpoint)
+            run.sync()
+            with writing(run.path / FOLDER):
+                write_checkpoint(run.path, checkpoint)
             self._saved = checkpoint.update
         ended = time.monotonic()
         self._next = ended + 50 * (ended - began)
 
 
-def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(
+    run: Path, *, until: int | None = None
+) -> tuple[Checkpoint | None, list[str]]:
     """Read the newest checkpoint that is whole.
 
     Args:
         run: The run folder.
+        until: The last update that it may have done; by default any.
 
     Returns:
         The checkpoint, None if there is none; and a sentence for each damaged one passed over.
@@ -126,6 +135,8 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """
     problems: list[str] = []
     for stem in reversed(_stems(run)):
+        if until is not None and int(stem.name) > until:
+            continue
         found = _read_if_whole(stem)
         if isinstance(found, Checkpoint):
             return found, problems
@@ -217,12 +228,3 @@ def _stems(run: Path) -> list[Path]:
         if path.suffix in {".json", ".safetensors"} and re.fullmatch("[0-9]{9,18}", path.stem)
     }
     return sorted(found)
-
-
-def _sync(folder: Path) -> None:
-    """Make the renames in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from gradlab.checks import TrainingFailed, UsageError
 from gradlab.quantity import Quantity
-from gradlab.run_writer import RunWriter
+from gradlab.run_writer import NotWritten, RunWriter
 from trainers.acting import fixed_parameters
 from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint
 from trainers.config import MAY_DIFFER, EvaluationConfig, TrainConfig, differing_settings
@@ -145,12 +144,12 @@ class Trainer:
                 quantities |= _outcome_rate(rollout)
                 writer.write(update, quantities)
                 progress(self.frames_done, self.last_return)
-                self._saver.save(writer.path, self.state)
+                self._saver.save(writer, self.state)
                 if stop():
                     break
-            self._saver.save(writer.path, self.state, at_once=True)
+            self._saver.save(writer, self.state, at_once=True)
         except (NotFinite, EnvironmentFailed) as error:
-            saved = self._save_last_good(writer.path, update)
+            saved = self._save_last_good(writer, update)
             raise TrainingFailed(f"update {update}: {error}. {saved}") from None
         return self.updates_done >= self.config.updates
 
@@ -291,13 +290,13 @@ class Trainer:
                 self._told.add(place)
                 tell(f"update {update}: {finding}")
 
-    def _save_last_good(self, run: Path, wanted: int) -> str:
+    def _save_last_good(self, run: RunWriter, wanted: int) -> str:
         """Save the state with `wanted` updates done; returns a sentence that says what is saved.
 
         A training goes on from a checkpoint to the bit, so the newest one leads there. To keep
         that state in memory as well would cost a copy of it in every update.
         """
-        checkpoint, _ = newest_checkpoint(run)
+        checkpoint, _ = newest_checkpoint(run.path)
         if checkpoint is None:
             return "There is no earlier state to go on from."
         try:
@@ -308,12 +307,13 @@ class Trainer:
         except (
             NotFinite,
             EnvironmentFailed,
+            NotWritten,
             UsageError,
         ):  # not even the updates that went well can be repeated
             self.updates_done = checkpoint.update + 1
         return (
             f"Saved is the state after update {self.updates_done - 1}; to go on from there: "
-            f"gradlab train --resume --out {run}"
+            f"gradlab train --resume --out {run.path}"
         )
 
 

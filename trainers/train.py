@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradlab.checks import UsageError, check
+from gradlab.checks import TrainingFailed, UsageError, check
 from gradlab.run import open_run
-from gradlab.run_writer import RunWriter, is_run
+from gradlab.run_writer import NotWritten, RunWriter, is_run
 from gradlab.sinks.known import make_sinks
 from trainers.checkpoints import Checkpoint, newest_checkpoint
 from trainers.config import MAY_DIFFER, TrainConfig, differing_settings
@@ -39,31 +39,53 @@ def train_run(
     Raises:
         UsageError: If the folder or a setting can't be used.
         TrainingFailed: If an observation, reward, loss or gradient is not finite, or the
-            environment fails. The last good state is saved.
+            environment fails. The last good state is saved. Or if the disk refuses what is
+            written; what was written before stays.
     """
     if resume and is_run(out):
         check_same_settings(config, out, but=MAY_DIFFER)
     sinks = make_sinks(config.log)
     trainer = Trainer(config)
-    with RunWriter(out, resume=resume) as writer:
-        checkpoint, problems = newest_checkpoint(out)
-        onwards = f"after update {checkpoint.update}" if checkpoint else "from the beginning"
-        if trainer.spec.padding:
-            tell(f"{config.env} is padded: {trainer.spec.padding}")
-        if trainer.spec.resuming:
-            tell(f"{config.env} has no state to save; on resuming, {trainer.spec.resuming}")
-        for sentence in [*writer.notes, *(f"{p}; going on {onwards}" for p in problems)]:
-            tell(sentence)
-        if checkpoint:
-            check_frames(config, out, checkpoint)
-            trainer.load_state(checkpoint)
-        progress(trainer.frames_done, trainer.last_return)
-        writer.discard_after(trainer.updates_done - 1)
-        writer.describe(**describe(trainer), state="running")
-        writer.forward(sinks, trainer.updates_done, tell)
-        finished = trainer.run(writer, progress, stop, tell)
-        writer.describe(state="done" if finished else "stopped")
+    try:
+        with RunWriter(out, resume=resume) as writer:
+            checkpoint, problems = _onwards_from(out, writer.newest_update())
+            onwards = f"after update {checkpoint.update}" if checkpoint else "from the beginning"
+            if trainer.spec.padding:
+                tell(f"{config.env} is padded: {trainer.spec.padding}")
+            if trainer.spec.resuming:
+                tell(f"{config.env} has no state to save; on resuming, {trainer.spec.resuming}")
+            for sentence in [*writer.notes, *(f"{p}; going on {onwards}" for p in problems)]:
+                tell(sentence)
+            if checkpoint:
+                check_frames(config, out, checkpoint)
+                trainer.load_state(checkpoint)
+            progress(trainer.frames_done, trainer.last_return)
+            writer.discard_after(trainer.updates_done - 1)
+            writer.describe(**describe(trainer), state="running")
+            writer.forward(sinks, trainer.updates_done, tell)
+            finished = trainer.run(writer, progress, stop, tell)
+            writer.describe(state="done" if finished else "stopped")
+    except NotWritten as error:
+        raise TrainingFailed(
+            f"{error}. What was recorded before is whole; once that is mended: gradlab train "
+            f"--resume --out {out}"
+        ) from None
     return finished
+
+
+def _onwards_from(out: Path, recorded: int) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, with all records before it if there is such a one.
+
+    Records end before the newest checkpoint only if their file is damaged.
+    """
+    newest, problems = newest_checkpoint(out)
+    if newest is None or newest.update <= recorded:
+        return newest, problems
+    lost = f"records of updates {recorded + 1} to {newest.update} are lost"
+    older, _ = newest_checkpoint(out, until=recorded)
+    if older is None:
+        return newest, [*problems, lost]
+    return older, [*problems, f"{lost} and made again"]
 
 
 def check_frames(config: TrainConfig, out: Path, checkpoint: Checkpoint) -> None:

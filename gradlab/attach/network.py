@@ -301,7 +301,8 @@ def alike(found: Mapping[str, Quantity], batch: Batch, network: str) -> list[str
     varies = any((tensor != tensor[:, :1]).any() for tensor in batch.values())
     longest = float((of_all["norm"].sel(space="theta") ** 2).max())
     rounding = 1e-5 * longest  # of sums in float32; what differs at all differs by more
-    if not varies or not (of_all["variance_agent"] <= rounding).all():
+    vanishing = longest < torch.finfo(torch.float32).tiny  # which is said for itself
+    if vanishing or not varies or not (of_all["variance_agent"] <= rounding).all():
         return []
     return [
         "all samples of an agent have the same gradient, though they differ: does `loss` reduce "

@@ -169,9 +169,17 @@ def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     from trainers.checkpoints import newest_checkpoint
     from trainers.train import check_frames, check_same_settings
 
-    kept = open_run(out).config
-    if not kept:
+    run = open_run(out)
+    kept = run.config
+    if not kept and (run.quantities or newest_checkpoint(out)[0]):
         raise UsageError(f"{out} can't be resumed: its run.json is lost or damaged.")
+    if not kept and not given:
+        raise UsageError(
+            f"{out} was cut off before its settings were written; it had done nothing. Give them "
+            "again, with --resume."
+        )
+    if not kept:
+        return with_preset(given)
     config = make_config(merged(kept, given))
     check_same_settings(config, out, but=MAY_DIFFER)
     checkpoint, _ = newest_checkpoint(out)

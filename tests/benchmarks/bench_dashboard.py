@@ -171,10 +171,10 @@ def browsing():
 
 @contextmanager
 def served(*folders):
-    """The address of a server."""
+    """The address of a server, and its process."""
     command = [sys.executable, "-m", "gradlab", "dashboard", *map(str, folders)]
     server = subprocess.Popen([*command, "--serve", "--port", "0"], stdout=subprocess.PIPE)
-    yield server.stdout.readline().decode().split()[1]
+    yield server.stdout.readline().decode().split()[1], server
     server.terminate()
     server.wait()
 
@@ -223,7 +223,7 @@ def listing(folder):
             for update in range(20):
                 numbers = {"frames": 100.0 * update, "episode_return": 1.0 / (1 + update)}
                 writer.write(update, {n: Quantity.scalar(v) for n, v in numbers.items()})
-    with served(folder) as address, browsing() as page:
+    with served(folder) as (address, _), browsing() as page:
         found = [round(opened(page, address)[1], 2) for _ in range(3)]
         assert page.locator("#rows tr").count() == RUNS
     return found
@@ -246,7 +246,7 @@ def growing(run, folder):
     with RunWriter(folder / "growing") as writer:
         writer.describe(**source.info | {"state": "running"})
         record(writer, 0)
-        with served(folder / "growing") as address, browsing() as page:
+        with served(folder / "growing") as (address, _), browsing() as page:
             opened(page, f"{address}#tab=interference")
             for update in range(1, GROWING + 1):
                 time.sleep(0.3 * update % 1)  # at any moment between two questions
@@ -304,7 +304,7 @@ def main():
                 **measure((folder / "page.html").as_uri()),
             }
         if "served" in options.forms:
-            with served(folder / "run") as address:
+            with served(folder / "run") as (address, _):
                 found["served"] = measure(address)
             with tempfile.TemporaryDirectory() as runs:
                 found["served"]["seconds to list 200 runs"] = listing(Path(runs))

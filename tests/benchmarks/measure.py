@@ -60,8 +60,17 @@ def peak_extra(function):
     return (_status("VmHWM") - before) / 1024
 
 
-def _status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
+def resident(process):
+    """MiB that a process holds in memory now (Linux).
+
+    Args:
+        process: Its number.
+    """
+    return _status("VmRSS", process) / 1024
+
+
+def _status(field, process="self"):
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1])
     raise RuntimeError(f"no {field}")
