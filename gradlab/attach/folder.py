@@ -2,11 +2,12 @@
 
 import itertools
 import sys
+import warnings
 from pathlib import Path
 
 from gradlab.checks import UsageError
 from gradlab.run import open_run
-from gradlab.run_writer import RunWriter, is_run
+from gradlab.run_writer import NotWritten, RunWriter, is_run
 
 
 def next_update(folder: Path) -> int:
@@ -63,7 +64,10 @@ def close(writer: RunWriter, state: str) -> None:
         writer: Its writer.
         state: "done" or "stopped".
     """
-    writer.describe(state=state)
+    try:
+        writer.describe(state=state)
+    except NotWritten as error:  # a loop is not to fail after its last step
+        warnings.warn(f"gradlab: {error}: the run will be shown as died.", stacklevel=2)
     writer.__exit__(None, None, None)
 
 

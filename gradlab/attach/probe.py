@@ -6,7 +6,8 @@ import inspect
 import platform
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,7 @@ from gradlab.checks import check
 from gradlab.engine.part import batch_axes
 from gradlab.probe import LEVELS, Level, NetworkProbe
 from gradlab.quantity import Quantity, dataset
+from gradlab.run_writer import NotWritten
 from gradlab.sinks.known import make_sinks
 from gradlab.sinks.sink import Sink
 
@@ -226,7 +228,8 @@ class Probe:
                 found = self._diagnose(batches, agent, copy, mask)
         recorded = {name: Quantity.scalar(float(v)) for name, v in (scalars or {}).items()}
         if found or recorded:
-            self._writer.write(self.update, found | recorded)
+            with self._lost_but_said():
+                self._writer.write(self.update, found | recorded)
         self.update += 1
         return self._labelled(found) if found else None
 
@@ -294,7 +297,8 @@ class Probe:
                 self.findings += [self._of(name, said) for said in alike(found, batch, name)]
             self._config["copies"] = 0 if copy is None else len(copy.unique())
             self._config["diagnosed_samples"] = next(iter(samples.values()))
-            self._writer.describe(engines=self._probe.engines, config=self._config)
+            with self._lost_but_said():
+                self._writer.describe(engines=self._probe.engines, config=self._config)
             self._tried = True
         for sentence in self.findings:
             self._tell(sentence)
@@ -385,6 +389,14 @@ class Probe:
     def _of(self, network: str, said: str) -> str:
         """A sentence or clause about one of the networks."""
         return f"{network}, {said}" if self._several else said
+
+    @contextmanager
+    def _lost_but_said(self) -> Iterator[None]:
+        """Let the loop go on though the disk refuses what is written."""
+        try:
+            yield
+        except NotWritten as error:
+            self._tell(f"{str(error).partition(' (')[0]}: what was to be recorded is lost.")
 
     def _tell(self, sentence: str) -> None:
         if sentence not in self._told:

@@ -456,6 +456,37 @@ def dashboard():
     )
 
 
+def soak():
+    record = load("soak")
+    found, limits = record["rows"], record["rows"]["limits"]
+    rows = []
+    for name in ("trainer", "server"):
+        memory = found["resident MiB"][name]
+        words = f"{memory['halfway']:.0f} MiB halfway, {memory['end']:.0f} MiB at the end"
+        rows.append((f"resident memory of the {name}", words, ""))
+        slope = f"{memory['per 100,000 updates']:+.0f} MiB per 100,000 updates"
+        limit = f"{limits['MiB per 100,000 updates']} MiB"
+        rows.append((f"its slope over the second half, {name}", slope, limit))
+    size = found["bytes per update"]
+    for half in ("first", "second"):
+        cell = f"{size[f'arrays, {half} half']:,.0f} bytes"
+        rows.append((f"numbers of an update, {half} half of the updates", cell, "the same"))
+    rows.append(("records.sqlite for each update", f"{size['file']:,.0f} bytes", ""))
+    for name, seconds in found["seconds"].items():
+        limit = f"{limits['seconds to open']} s" if name == "open_run" else ""
+        words = {"open_run": "`open_run`", "gradlab conflict": "`gradlab conflict`, whole process"}
+        what = words.get(name, "dashboard opened in a browser")
+        rows.append((f"then: {what}", f"{seconds:.2f} s", limit))
+    return (
+        f"## A long run\n\n{found['updates']:,} updates of a small game in {found['minutes']:.0f} "
+        "minutes, each diagnosed in full, with a browser on the served dashboard from beginning to end, "
+        "which showed the last update when the training had stopped. Other work shared the machine. "
+        "Over few updates a slope does not tell what is filled once from what grows without end.\n\n"
+        + table(("what", "measured", "aim"), rows)
+        + provenance(record)
+    )
+
+
 def main():
     PAGE.write_text(
         (
@@ -472,6 +503,7 @@ def main():
             + learning()
             + environments()
             + dashboard()
+            + soak()
         ).rstrip("\n")
         + "\n"
     )

@@ -1,5 +1,6 @@
 """Numbers at the edges of what floating point can hold: said, never a crash, nothing altered."""
 
+import errno
 import warnings
 
 import pytest
@@ -108,3 +109,29 @@ def test_one_sample_has_a_gradient_and_no_interval(tmp_path):
     assert found["cosine"].notnull().all()
     assert found["cosine_low"].isnull().all()
     assert (found["variance_agent"] < 1e-6).all()  # but for rounding
+
+
+def test_loop_goes_on_though_the_disk_refuses(tmp_path, monkeypatch):
+    policy = nn.Linear(4, 2)
+    batch = batch_of(12, torch.float32)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    probe = gradlab.Probe(policy, policy_loss, agents=AGENTS, every=1, out=tmp_path / "r")
+    with monkeypatch.context() as patched:
+        patched.setattr("gradlab.run_writer.write_atomically", refuse)
+        with pytest.warns(match=r"run\.json can't be written: No space left on device: what was"):
+            assert probe(batch) is not None
+        probe._writer._database.execute("PRAGMA max_page_count = 1")  # the database is full
+        with pytest.warns(
+            match=r"records\.sqlite can't be written: database or disk is full: what"
+        ):
+            assert probe({**batch, "observation": batch["observation"] + 1}) is not None
+        probe._writer._database.execute("PRAGMA max_page_count = 1000000")
+        probe(batch)
+        with pytest.warns(match="will be shown as died"):
+            probe.close()
+    run = gradlab.open_run(tmp_path / "r")
+    assert run.updates("cosine") == [0, 2]
+    assert run.state == "died"
