@@ -211,7 +211,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
     "text",
     [
         BOMB,
-        "[" * 2000,
+        "[" * 1000,
         "seed: 2001-99-99",
         "seed: !!int x",
         "seed: !!python/object/apply:os.system [true]",

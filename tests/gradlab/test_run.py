@@ -1,4 +1,7 @@
 import json
+import sqlite3
+import tracemalloc
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -107,6 +110,25 @@ def test_newer_schema_is_refused(tmp_path):
 def test_empty_folder_is_refused(tmp_path):
     with pytest.raises(UsageError, match="is an empty folder"):
         open_run(tmp_path)
+
+
+@pytest.mark.parametrize(("labels", "known"), [(10_000, True), (20_000, False)])
+def test_a_size_that_no_record_has_is_not_allocated(tmp_path, labels, known):
+    file = record(tmp_path / "r", updates=3) / "records.sqlite"
+    axes = json.dumps({axis: list(range(labels)) for axis in ("a", "b")})
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("UPDATE quantity SET coordinates = ?", (axes,))
+    tracemalloc.start()
+    try:
+        run = open_run(tmp_path / "r")
+        if known:
+            assert run.quantity("matrix").shape == (0, labels, labels)
+            assert run.quantity("matrix", where={"a": 3}).shape == (0, labels)
+        else:
+            assert "which no file holds" in run.problems[0]
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_folded_rows_keep_distances():
