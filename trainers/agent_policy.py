@@ -71,7 +71,7 @@ class AgentPolicy(nn.Module):
             )
             self.log_std = nn.Parameter(
                 torch.full((outputs,), math.log(policy.noise))
-                if isinstance(policy, Squashed)
+                if isinstance(policy, Squashed) and policy.noise is not None
                 else theta["log_std"]
             )
             self.register_buffer("action_middle", (high + low) / 2)

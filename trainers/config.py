@@ -104,8 +104,8 @@ class A2CConfig(OnPolicyConfig):
     )
 
 
-class MATD3Config(_Section):
-    """Multi-agent TD3 (Ackermann et al., 2019): `--algorithm matd3`."""
+class OffPolicyConfig(_Section):
+    """What off-policy algorithms have in common."""
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="the actors' step size")
     critic_learning_rate: Annotated[float, Field(gt=0)] = Field(
@@ -133,6 +133,17 @@ class MATD3Config(_Section):
     polyak: Annotated[float, Field(gt=0, le=1)] = Field(
         0.005, description="how far the target networks move towards the networks in a step"
     )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="of the straight-through Gumbel-softmax of numbered actions"
+    )
+    max_gradient_norm: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="clip the gradient's norm; nops clips each agent's own gradient"
+    )
+
+
+class MATD3Config(OffPolicyConfig):
+    """Multi-agent TD3 (Ackermann et al., 2019): `--algorithm matd3`."""
+
     exploration_noise: Annotated[float, Field(gt=0)] = Field(
         0.1,
         description="standard deviation of what is added to continuous actions, in units of half "
@@ -142,14 +153,33 @@ class MATD3Config(_Section):
         0.2, description="the same for the actions in a target (target policy smoothing)"
     )
     noise_clip: NonNegative = Field(0.5, description="where that is cut off")
-    temperature: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="of the straight-through Gumbel-softmax of numbered actions"
-    )
     logit_penalty: NonNegative = Field(
         1e-3, description="weight of the mean squared logit in the loss of numbered actions"
     )
-    max_gradient_norm: Annotated[float, Field(gt=0)] = Field(
-        10.0, description="clip the gradient's norm; nops clips each agent's own gradient"
+
+
+class MASACConfig(OffPolicyConfig):
+    """Multi-agent soft actor-critic (Haarnoja et al., 2018): `--algorithm masac`."""
+
+    n_step: PositiveInt = Field(1, description="steps of reward in a critic's target")
+    policy_delay: PositiveInt = Field(
+        1, description="steps of the critics for each of the actors and of the target networks"
+    )
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="weight of the entropy at the start, for each agent"
+    )
+    alpha_learning_rate: NonNegative = Field(
+        3e-4, description="step size of alpha's logarithm; 0: alpha stays as it is"
+    )
+    target_entropy: float = Field(
+        -1.0,
+        description="entropy that alpha is moved towards: nats of each component of continuous "
+        "actions, in units of half their range",
+    )
+    target_share: Fraction = Field(
+        0.2,
+        description="the same for numbered actions: share of the entropy of a uniform choice among "
+        "those that may be taken",
     )
 
 
@@ -254,7 +284,7 @@ class KaleidoscopeConfig(_Section):
     )
     reset_share: Fraction = Field(0.5, description="probability of each of them to be drawn")
     critics: Annotated[int, Field(ge=2)] = Field(
-        5, description="masks of matd3's critic, each of which is a critic of its own"
+        5, description="masks of an off-policy critic, each of which is a critic of its own"
     )
     critic_thresholds: Range = Field((-20.0, 0.0), description="the same as thresholds for them")
     critic_diversity: NonNegative = Field(0.1, description="the same as diversity for them")
@@ -344,17 +374,18 @@ class TrainConfig(SharingConfig):
     critic_method: str | None = Field(
         None, description="sharing scheme of the critics (default: --method; nops with dico)"
     )
-    algorithm: Literal["ippo", "mappo", "happo", "a2c", "matd3"] = Field(
+    algorithm: Literal["ippo", "mappo", "happo", "a2c", "matd3", "masac"] = Field(
         "ippo",
         description="ippo: PPO whose critics read their agent's own observation; mappo: that of "
         "all agents; happo: as mappo, one agent after the other, each with what the agents before "
         "it have changed; a2c: advantage actor-critic, one step on each rollout, critics as in "
-        "ippo; matd3: off-policy, critics read all agents' observations and actions",
+        "ippo; matd3: off-policy, critics read all agents' observations and actions; masac: the "
+        "same with soft actor-critic, whose policies are rewarded for their entropy",
     )
     critic_input: Literal["observations", "state"] = Field(
         "observations",
-        description="what mappo's, happo's and matd3's critics read: observations, those of all "
-        "agents; state: the environment's own world state, if it has one (smax, mamujoco)",
+        description="what critics read, but ippo's and a2c's: observations, those of all agents; "
+        "state: the environment's own world state, if it has one (smax, mamujoco)",
     )
     env: str = Field("specialisation", description="environment")
     env_args: dict[str, JsonValue] = Field(
@@ -416,6 +447,7 @@ class TrainConfig(SharingConfig):
     ppo: PPOConfig = Field(default_factory=PPOConfig)
     a2c: A2CConfig = Field(default_factory=A2CConfig)
     matd3: MATD3Config = Field(default_factory=MATD3Config)
+    masac: MASACConfig = Field(default_factory=MASACConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     normalise: NormaliseConfig = Field(default_factory=NormaliseConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
@@ -439,6 +471,11 @@ class TrainConfig(SharingConfig):
         return self.a2c if self.algorithm == "a2c" else self.ppo
 
     @property
+    def off_policy(self) -> MATD3Config | MASACConfig:
+        """Settings of the off-policy algorithm that trains."""
+        return self.masac if self.algorithm == "masac" else self.matd3
+
+    @property
     def scheme(self) -> str:
         """The sharing scheme in a word: the actors' and the critics', if they are not of it.
 
@@ -452,7 +489,8 @@ class TrainConfig(SharingConfig):
     @property
     def discount(self) -> float:
         """Discount factor of the algorithm that trains."""
-        return (self.matd3 if self.algorithm == "matd3" else self.on_policy).discount
+        off = self.algorithm in {"matd3", "masac"}
+        return (self.off_policy if off else self.on_policy).discount
 
     @property
     def recurrent_size(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What a critic reads: its agent's observation (IPPO, A2C), or more (MAPPO, HAPPO, MATD3).
+"""What a critic reads: its agent's observation (IPPO, A2C), or more (all others).
 
 Samples hold `observation` of every agent. Where critics are to read the environment's own world
 state, they hold `world_state` [1, sample, state] as well, once for all agents.
@@ -102,7 +102,7 @@ def make_critic_input(config: TrainConfig, spec: EnvSpec) -> CriticInput:
     Raises:
         UsageError: If the environment has no such thing, or the algorithm does not read it.
     """
-    joint = config.algorithm in {"mappo", "happo", "matd3"}
+    joint = config.algorithm in {"mappo", "happo", "matd3", "masac"}
     if config.critic_input == "observations":
         return joint_observation if joint else own_observation
     check(

@@ -29,6 +29,7 @@ from trainers.episodes import Episodes, Watch, play_episodes
 from trainers.finite import NotFinite
 from trainers.happo import HAPPO
 from trainers.learner import Learner
+from trainers.masac import MASAC
 from trainers.matd3 import MATD3
 from trainers.on_policy import OnPolicy
 from trainers.rollout import Rollout
@@ -42,6 +43,7 @@ LEARNERS: dict[str, Callable[[TrainConfig, VectorEnv, torch.Generator], Learner]
     "happo": HAPPO,
     "a2c": OnPolicy,
     "matd3": MATD3,
+    "masac": MASAC,
 }
 """What makes each algorithm."""
 

@@ -1,13 +1,14 @@
 """Off-policy actor-critic losses, per sample."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from trainers.envs.vector_env import Box
-from trainers.networks import MLP, Theta
+from trainers.generators.generator import LOG_STD
+from trainers.networks import MLP, Theta, per_agent
 from trainers.policies import Categorical, Policy
 from trainers.ppo import Surrogate
 
@@ -79,16 +80,11 @@ def joint_actor_loss(
         what the critic reads, `read` and all agents' actions, `action` [agent * action]; `own`
         [agent], 1 for the agent itself and else 0; and the critic's parameters under `CRITIC`.
     """
-    names = [f"{layer}.{kind}" for layer in critic.layers for kind in ("weight", "bias")]
 
     def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
         made = policy.network.forward(theta, sample["observation"])
-        action = action_of(policy, made, sample, temperature)
-        own = sample["own"][..., None]
-        others = sample["action"].unflatten(-1, (own.shape[-2], -1))
-        joint = torch.where(own > 0, action[..., None, :], others).flatten(-2)
-        fixed = {n: sample[CRITIC + n] for n in names}
-        found = -_values(critic, fixed, sample["read"], joint).mean(-1)
+        joint = _with_own(action_of(policy, made, sample, temperature), sample)
+        found = -_values(critic, _held(critic, CRITIC, sample), sample["read"], joint).mean(-1)
         if isinstance(policy, Categorical):
             found = found + logit_penalty * made.square().mean(-1)
         return found
@@ -96,8 +92,79 @@ def joint_actor_loss(
     return loss
 
 
+def soft_actor_loss(
+    policy: Policy, critic: MLP, judges: Sequence[str], *, temperature: float
+) -> Surrogate:
+    r"""Minus the least of the critics' values of the agent's action, and alpha times its entropy.
+
+    The loss of soft actor-critic (Haarnoja et al., "Soft actor-critic algorithms and applications",
+    2018, eq. 9), with :math:`-\log \pi` replaced by its mean, the entropy; the other agents'
+    actions are those of the sample.
+
+    Args:
+        policy: As for `joint_actor_loss`, with a `log_std` for continuous actions.
+        critic: The critics' form, as for `joint_actor_loss`; members of an ensemble are critics.
+        judges: Names of the critics.
+        temperature: Of the Gumbel-softmax.
+
+    Returns:
+        As `joint_actor_loss`. Samples hold standard normal `noise` for continuous actions as well,
+        `alpha`, and each critic's parameters under its name and a slash.
+    """
+
+    def loss(theta: Theta, sample: dict[str, Tensor]) -> Tensor:
+        made = policy.network.forward(theta, sample["observation"])
+        action = action_of(policy, made, sample, temperature, theta.get(LOG_STD))
+        joint = _with_own(action, sample)
+        values = [
+            _values(critic, _held(critic, f"{judge}/", sample), sample["read"], joint)
+            for judge in judges
+        ]
+        entropy = policy.entropy(theta, made, sample.get("action_mask"))
+        return -torch.cat(values, dim=-1).amin(-1) - sample["alpha"] * entropy
+
+    return loss
+
+
+def entropy_target(
+    policy: Policy, made: Tensor, mask: Tensor | None, *, per_component: float, share: float
+) -> Tensor:
+    """The entropy that alpha is moved to bring about.
+
+    Args:
+        policy: The policy.
+        made: Its network's outputs [*batch, output].
+        mask: What may be done [*batch, action]; None: everything.
+        per_component: Of continuous actions, for each component that has an effect (nats).
+        share: Of numbered actions, as share of the logarithm of the number of those that may be
+            done.
+
+    Returns:
+        [*batch], in nats.
+    """
+    allowed = (torch.ones_like(made) if mask is None else mask.to(made.dtype)).sum(-1)
+    return share * allowed.log() if isinstance(policy, Categorical) else per_component * allowed
+
+
+def _with_own(action: Tensor, sample: Mapping[str, Tensor]) -> Tensor:
+    """All agents' actions [*batch, agent * action], with this one in place of the agent's own."""
+    own = sample["own"][..., None]
+    others = sample["action"].unflatten(-1, (own.shape[-2], -1))
+    return torch.where(own > 0, action[..., None, :], others).flatten(-2)
+
+
+def _held(critic: MLP, prefix: str, sample: Mapping[str, Tensor]) -> Theta:
+    """A critic's fixed parameters."""
+    names = [f"{layer}.{kind}" for layer in critic.layers for kind in ("weight", "bias")]
+    return {name: sample[prefix + name] for name in names}
+
+
 def action_of(
-    policy: Policy, made: Tensor, sample: Mapping[str, Tensor], temperature: float
+    policy: Policy,
+    made: Tensor,
+    sample: Mapping[str, Tensor],
+    temperature: float,
+    log_std: Tensor | None = None,
 ) -> Tensor:
     """What a critic reads of the actions that a policy makes, with a gradient.
 
@@ -107,6 +174,8 @@ def action_of(
         sample: `noise` of the same shape: added to continuous actions, if there is one; of numbered
             actions the Gumbel noise that draws them. `action_mask`, if not everything can be done.
         temperature: Of the Gumbel-softmax.
+        log_std: Logarithm of what the noise of continuous actions is multiplied by, as the policy's
+            parameters hold it; None: noise is added as it is.
 
     Returns:
         Continuous actions from -1 to 1; or one-hot numbered ones, with the gradient of the softmax
@@ -122,7 +191,9 @@ def action_of(
         return soft + (hard - soft).detach()
     action = made.tanh()
     if "noise" in sample:
-        action = (action + sample["noise"]).clamp(-1, 1)
+        noise = sample["noise"]
+        noise = noise if log_std is None else noise * per_agent(log_std, made).exp()
+        action = (action + noise).clamp(-1, 1)
     return action if mask is None else torch.where(mask, action, torch.zeros_like(action))
 
 

@@ -89,6 +89,19 @@ class Policy(ABC):
         """
 
     @abstractmethod
+    def entropy(self, theta: Theta, made: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The entropy of action distributions.
+
+        Args:
+            theta: Policy parameters, with or without an agent axis.
+            made: What the network made of them [*batch, output].
+            mask: What may be done [*batch, action]; None: everything.
+
+        Returns:
+            [*batch], in nats.
+        """
+
+    @abstractmethod
     def distribution(self, theta: Theta, observation: Tensor) -> dict[str, Tensor]:
         """Parameters of the action distributions.
 
@@ -158,8 +171,16 @@ class Categorical(Policy):
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy; see `Policy.evaluate`."""
         log_p = _masked(self.network.forward(theta, observation), mask).log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        return log_p.gather(-1, action[..., None]).squeeze(-1), entropy
+        return log_p.gather(-1, action[..., None]).squeeze(-1), _entropy(log_p)
+
+    def entropy(
+        self,
+        theta: Theta,  # noqa: ARG002 -- logits are all there is to it
+        made: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """See `Policy.entropy`."""
+        return _entropy(_masked(made, mask).log_softmax(-1))
 
     def distribution(self, theta: Theta, observation: Tensor) -> dict[str, Tensor]:
         """Logits of the actions; see `Policy.distribution`."""
@@ -207,8 +228,11 @@ class Gaussian(Policy):
         """Log-probability and entropy; see `Policy.evaluate`."""
         mean, log_std = self._moments(theta, observation)
         noise = (action - mean) * torch.exp(-log_std)
-        entropy = _sum(log_std + 0.5 * math.log(2 * math.pi * math.e), mask)
-        return _log_density(noise, log_std, mask), entropy
+        return _log_density(noise, log_std, mask), _spread(log_std, mask)
+
+    def entropy(self, theta: Theta, made: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `Policy.entropy`."""
+        return _spread(self._log_std(theta, made), mask)
 
     def distribution(self, theta: Theta, observation: Tensor) -> dict[str, Tensor]:
         """Mean and standard deviation of the action; see `Policy.distribution`."""
@@ -225,7 +249,10 @@ class Gaussian(Policy):
     def _moments(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Means, and logarithms of the standard deviations, in units of half the range."""
         mean = self.network.forward(theta, observation)
-        return mean, per_agent(theta["log_std"], mean)
+        return mean, self._log_std(theta, mean)
+
+    def _log_std(self, theta: Theta, made: Tensor) -> Tensor:
+        return per_agent(theta["log_std"], made)
 
     def to_env(self, action: Tensor) -> Tensor:
         """Scale to the action range and clip to it; see `Policy.to_env`."""
@@ -242,16 +269,17 @@ class Gaussian(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class Squashed(Gaussian):
-    """A deterministic policy, tanh of the network's outputs, with noise of fixed size to explore.
+    """Tanh of the network's outputs, and normal noise.
 
     Actions that are drawn are clipped to the range, and 0 where a mask says that a component has
     no effect; log-probability and entropy are those of the noise before.
 
     Attributes:
-        noise: Standard deviation of the noise, in units of half the action range; above 0.
+        noise: Standard deviation of the noise, in units of half the action range, above 0: what a
+            deterministic policy explores with; None: it is learned, as a Gaussian policy's.
     """
 
-    noise: float
+    noise: float | None = None
 
     def sample(
         self,
@@ -266,8 +294,13 @@ class Squashed(Gaussian):
         return action if mask is None else torch.where(mask, action, 0.0), log_prob
 
     def _moments(self, theta: Theta, observation: Tensor) -> tuple[Tensor, Tensor]:
-        mean = self.network.forward(theta, observation).tanh()
-        return mean, torch.full_like(mean, math.log(self.noise))
+        mean, log_std = super()._moments(theta, observation)
+        return mean.tanh(), log_std
+
+    def _log_std(self, theta: Theta, made: Tensor) -> Tensor:
+        if self.noise is None:
+            return super()._log_std(theta, made)
+        return torch.full_like(made, math.log(self.noise))
 
 
 def _along_agents(parameter: Tensor, axes: int) -> Tensor:
@@ -284,6 +317,16 @@ def _sum(components: Tensor, mask: Tensor | None) -> Tensor:
     return (components if mask is None else torch.where(mask, components, 0.0)).sum(-1)
 
 
+def _entropy(log_p: Tensor) -> Tensor:
+    """Of numbered actions."""
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def _spread(log_std: Tensor, mask: Tensor | None) -> Tensor:
+    """The entropy of a diagonal Gaussian."""
+    return _sum(log_std + 0.5 * math.log(2 * math.pi * math.e), mask)
+
+
 def _log_density(noise: Tensor, log_std: Tensor, mask: Tensor | None) -> Tensor:
     return _sum(-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi), mask)
 
@@ -296,6 +339,7 @@ def make_policy(
     activation: str,
     action_mask: Tensor | None = None,
     memory_size: int | None = None,
+    squashed: bool = False,
     noise: float | None = None,
 ) -> Policy:
     """Make the policy that fits an action space.
@@ -307,8 +351,9 @@ def make_policy(
         activation: "tanh" or "relu".
         action_mask: What each agent may do [agent, action], if not all of them everything.
         memory_size: Size of a recurrent policy's memory; None: it has none.
-        noise: Make policies of continuous actions deterministic but for noise of this size, see
-            `Squashed`; None: Gaussian ones, whose standard deviations are learned.
+        squashed: Whether means of continuous actions are squashed into their range, see `Squashed`.
+        noise: Make those policies deterministic but for noise of this size; None: standard
+            deviations are learned.
 
     Returns:
         The policy; its head starts with gain 0.01, so that first actions hardly depend on it.
@@ -324,7 +369,7 @@ def make_policy(
         head_gain=0.01,
         log_std_size=0 if discrete or noise is not None else outputs,
     )
-    if isinstance(action_space, Box) and noise is not None:
+    if isinstance(action_space, Box) and squashed:
         return Squashed(network=network, box=action_space, action_mask=action_mask, noise=noise)
     if isinstance(action_space, Box):
         return Gaussian(network=network, box=action_space, action_mask=action_mask)

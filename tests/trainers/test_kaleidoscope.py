@@ -17,8 +17,8 @@ from trainers.description import describe_networks
 from trainers.generators import METHODS
 from trainers.generators.kaleidoscope import Kaleidoscope, MaskedEnsemble
 from trainers.loop import Trainer
-from trainers.matd3 import actor_batch, critic_batch
 from trainers.networks import MLP
+from trainers.replay_learner import actor_batch, critic_batch
 from trainers.train import train_run
 
 FORM = {"activation": "relu", "head_gain": 0.01}

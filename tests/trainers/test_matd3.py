@@ -18,9 +18,9 @@ from trainers.envs import make_env
 from trainers.episodes import play_episodes
 from trainers.evaluation import evaluate
 from trainers.loop import Trainer
-from trainers.matd3 import CRITICS, actor_batch, gumbel
 from trainers.off_policy import CRITIC, action_of, encoded
 from trainers.policies import make_policy
+from trainers.replay_learner import CRITICS, actor_batch, gumbel
 from trainers.train import train_run
 
 AGENTS, COPIES, STEPS, BATCH = 3, 4, 6, 10
