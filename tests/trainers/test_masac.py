@@ -274,4 +274,4 @@ def test_a_task_is_learned():
     for _ in range(trainer.config.updates):
         trainer._next_update()
     learned = evaluate(trainer, episodes=32, seed=1).metrics
-    assert learned.evaluation_return_low > at_random["evaluation_return_high"].values + 0.5
+    assert learned.evaluation_return_low > at_random["evaluation_return_high"].values + 1
