@@ -116,6 +116,8 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except Timeout:  # of a lock that another process holds, which is an OSError by its type alone
+        raise
     except (OSError, sqlite3.Error) as error:
         if isinstance(error, OSError):
             cause = error.strerror
