@@ -278,6 +278,7 @@ SETTINGS = "--env specialisation --agents 3 --copies 8 --steps 8 --diagnostics f
 
 def test_new_updates_appear_at_once_and_the_trainers_death_is_shown(folder, opened, tmp_path):
     trainer = start("train", *SETTINGS.split(), "--frames", 10**9, "--out", folder / "live")
+    os.setpriority(os.PRIO_PROCESS, trainer.pid, 15)  # it takes what browser and server leave
     try:
         wait_for(lambda: (folder / "live" / "run.json").exists() and newest(folder / "live") > 0)
         listed = opened()

@@ -36,7 +36,9 @@ def agrees(found, per_sample, layout, exist=None):
             close(getattr(found, name)[number], getattr(expected, name)[0])
 
 
-@pytest.mark.parametrize("budget", [1, 2**22], ids=["stretches", "whole"])
+@pytest.mark.parametrize(
+    "budget", [1, pytest.param(2**22, marks=pytest.mark.slow)], ids=["stretches", "whole"]
+)
 @pytest.mark.parametrize(
     ("method", "surrogate"),
     slow_but(

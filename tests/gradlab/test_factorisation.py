@@ -1,6 +1,7 @@
 import pytest
 import torch
 from cases import AGENTS, DECOUPLED, SAMPLES, case, one_agents
+from selection import slow_but
 from torch import nn
 from torch.func import functional_call
 
@@ -61,7 +62,7 @@ def close(found, expected):
 @pytest.mark.parametrize(
     "budget", [1, pytest.param(2**22, marks=pytest.mark.slow)], ids=["parts", "whole"]
 )
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("surrogate", slow_but(SURROGATES, "ppo-recurrent"))
 def test_coupled_generator_equals_the_dense_oracle(surrogate, budget):
     c = case("hypermarl-coupled", surrogate)
     found = factorise(c.generator, c.surrogate, c.batch, budget=budget)
@@ -77,7 +78,9 @@ def test_coupled_generator_equals_the_dense_oracle(surrogate, budget):
     assert [layout.size for layout in layouts] == [z.shape[2], g.shape[1]]
 
 
-@pytest.mark.parametrize("budget", [1, 2**22], ids=["parts", "whole"])
+@pytest.mark.parametrize(
+    "budget", [1, pytest.param(2**22, marks=pytest.mark.slow)], ids=["parts", "whole"]
+)
 def test_moments_of_the_coupled_generator_equal_loops(budget):
     c = case("hypermarl-coupled", "ppo-continuous")
     copy = torch.tensor([5, 2, 5, 5, 2, 0, 7, 2, 5, 0])
@@ -181,7 +184,7 @@ def test_decoupled_generators_factor_to_rounding(method, surrogate):
     assert d.factorisation_gap == 0
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("surrogate", slow_but(SURROGATES, "ppo-recurrent"))
 def test_decompose_takes_the_coupled_generator(surrogate):
     c = case("hypermarl-coupled", surrogate)
     d = decompose(c.generator, c.surrogate, c.batch)

@@ -114,6 +114,7 @@ def test_stopped_and_resumed_run_ends_as_the_uninterrupted_one(tmp_path, case):
     same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow  # test_kills.py kills at drawn calls
 def test_killed_run_resumes_to_the_same_bits_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "gradlab", "train", "--frames", "12800", "--agents", "2"]
     command += ["--method", "fups-id", "--copies", "16", "--steps", "16", "--every", "10"]
