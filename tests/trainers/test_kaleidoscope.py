@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from replayed import precise_learner
 
 from gradlab.cli import run as main
 from gradlab.decomposition import decompose
@@ -249,26 +250,8 @@ def test_an_ensemble_is_critics_of_their_own_on_shared_weights(critics):
     assert len({value.item() for value in found[0, 0]}) == critics
 
 
-def learner_of(**settings):
-    """A learner in float64 with two rollouts in its replay."""
-    trainer = Trainer(config_of(**settings))
-    for _ in range(2):
-        trainer._collect()
-    learner, random = trainer.learner, random_of(1)
-    for generator in (*learner.networks.values(), *learner.targets.values()):
-        generator.double()
-        with torch.no_grad():
-            for parameter in generator.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=random)
-    held = learner.replay._held
-    for name, tensor in held.items():
-        if tensor.is_floating_point():
-            held[name] = tensor.double()
-    return learner
-
-
 def test_targets_are_of_the_least_critic_and_actors_of_the_mean_one():
-    learner = learner_of()
+    learner = precise_learner(config_of(), spread=0.1)
     assert learner.critics == ("critic",)
     assert [*learner.networks] == [*learner.targets] == ["actor", "critic"]
     places = learner.replay.draw(10, random_of(3))
@@ -299,7 +282,9 @@ def test_targets_are_of_the_least_critic_and_actors_of_the_mean_one():
 
 
 def test_a_step_has_the_gradient_of_the_losses_and_of_the_diversity():
-    learner = learner_of(matd3=SETTINGS["matd3"] | {"max_gradient_norm": 1e9})
+    learner = precise_learner(
+        config_of(matd3=SETTINGS["matd3"] | {"max_gradient_norm": 1e9}), spread=0.1
+    )
     batch = learner.view.of(learner.replay, learner.replay.draw(10, random_of(3)), random_of(4))
     critic = learner.networks["critic"]
     joint = torch.cat([batch["read"][0], batch["action"][0]], -1)[None]
@@ -317,7 +302,7 @@ def test_a_step_has_the_gradient_of_the_losses_and_of_the_diversity():
 
 
 def test_parts_add_up_to_the_gradient_without_the_diversity():
-    learner = learner_of()
+    learner = precise_learner(config_of(), spread=0.1)
     batch = learner.view.of(learner.replay, learner.replay.draw(10, random_of(3)), random_of(4))
     critic = learner.networks["critic"]
     whole = {n: batch[n] for n in ("action", "target")} | {"observation": batch["read"]}

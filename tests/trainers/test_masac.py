@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from replayed import AGENTS, BATCH, CASES, CLOSE, COPIES, SMALL, STEPS, output, own, precise_learner
 
 import gradlab
 from gradlab.checks import UsageError
@@ -18,7 +19,6 @@ from trainers.loop import Trainer
 from trainers.replay_learner import CRITICS, gumbel
 from trainers.train import train_run
 
-AGENTS, COPIES, STEPS, BATCH = 3, 4, 6, 10
 SETTINGS = {
     "batch_size": BATCH,
     "warmup_frames": COPIES * STEPS,
@@ -30,29 +30,13 @@ SETTINGS = {
     "alpha": 0.3,
     "alpha_learning_rate": 0.02,
 }
-CASES = {
-    "continuous": {"env": "vmas/navigation", "env_args": {"max_steps": 5}},
-    "numbered": {"env": "specialisation-temporal", "env_args": {"horizon": 5}},
-}
-CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def config_of(case="continuous", **settings):
     masac = SETTINGS | settings.pop("masac", {})
     return TrainConfig.model_validate(
-        {
-            "algorithm": "masac",
-            "method": "fups-id",
-            "agents": AGENTS,
-            "copies": COPIES,
-            "steps": STEPS,
-            "frames": COPIES * STEPS * 5,
-            "network": {"hidden": [6, 5]},
-            "hypernetwork": {"hidden": [4], "embedding_size": 3},
-            "diagnostics": "off",
-            "every": 2,
-            "effects_every": 1000,
-        }
+        SMALL
+        | {"algorithm": "masac", "frames": COPIES * STEPS * 5, "effects_every": 1000}
         | CASES[case]
         | settings
         | {"masac": masac}
@@ -60,35 +44,10 @@ def config_of(case="continuous", **settings):
 
 
 def learner_of(case, method, **masac):
-    """A learner in float64 with two rollouts in its replay, and networks and alphas that differ."""
-    trainer = Trainer(config_of(case, method=method, masac=masac))
-    for _ in range(2):
-        trainer._collect()
-    learner, random = trainer.learner, torch.Generator().manual_seed(1)
-    for generator in (*learner.networks.values(), *learner.targets.values()):
-        generator.double()
-        with torch.no_grad():
-            for parameter in generator.parameters():
-                parameter += 0.3 * torch.randn(parameter.shape, generator=random)
+    """See `precise_learner`; the alphas differ as well."""
+    learner = precise_learner(config_of(case, method=method, masac=masac))
     learner.log_alpha.data = torch.tensor([0.2, -0.5, -1.0]).double()
-    held = learner.replay._held
-    for name, tensor in held.items():
-        if tensor.is_floating_point():
-            held[name] = tensor.double()
     return learner
-
-
-def own(tensor, agent):
-    return tensor[agent if len(tensor) > 1 else 0]
-
-
-def output(generator, agent, x):
-    """What one agent's network makes of a vector, matrix by matrix."""
-    theta, layers = generator.all_agents(), [*generator.mlp.layers]
-    for layer in layers:
-        x = own(theta[f"{layer}.weight"], agent) @ x + own(theta[f"{layer}.bias"], agent)
-        x = torch.tanh(x) if layer != layers[-1] else x
-    return x
 
 
 def drawn(learner, agent, observation, noise):

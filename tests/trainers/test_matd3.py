@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from replayed import AGENTS, BATCH, CASES, CLOSE, COPIES, SMALL, STEPS, output, precise_learner
 from turns_game import use_turns
 
 import gradlab
@@ -23,7 +24,6 @@ from trainers.policies import make_policy
 from trainers.replay_learner import CRITICS, actor_batch, gumbel
 from trainers.train import train_run
 
-AGENTS, COPIES, STEPS, BATCH = 3, 4, 6, 10
 SETTINGS = {
     "batch_size": BATCH,
     "warmup_frames": COPIES * STEPS,
@@ -37,29 +37,13 @@ SETTINGS = {
     "logit_penalty": 0.05,
     "temperature": 0.7,
 }
-CASES = {
-    "continuous": {"env": "vmas/navigation", "env_args": {"max_steps": 5}},
-    "numbered": {"env": "specialisation-temporal", "env_args": {"horizon": 5}},
-}
-CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def config_of(**settings):
     matd3 = SETTINGS | settings.pop("matd3", {})
     return TrainConfig.model_validate(
-        {
-            "algorithm": "matd3",
-            "method": "fups-id",
-            "agents": AGENTS,
-            "copies": COPIES,
-            "steps": STEPS,
-            "frames": COPIES * STEPS * 6,
-            "network": {"hidden": [6, 5]},
-            "hypernetwork": {"hidden": [4], "embedding_size": 3},
-            "diagnostics": "off",
-            "every": 2,
-            "effects_every": 2,
-        }
+        SMALL
+        | {"algorithm": "matd3", "frames": COPIES * STEPS * 6, "effects_every": 2}
         | CASES["continuous"]
         | settings
         | {"matd3": matd3}
@@ -67,35 +51,11 @@ def config_of(**settings):
 
 
 def learner_of(**settings):
-    """A learner in float64 with two rollouts in its replay, and networks that differ."""
-    trainer = Trainer(config_of(**settings))
-    for _ in range(2):
-        trainer._collect()
-    learner, random = trainer.learner, torch.Generator().manual_seed(1)
-    for generator in (*learner.networks.values(), *learner.targets.values()):
-        generator.double()
-        with torch.no_grad():
-            for parameter in generator.parameters():
-                parameter += 0.3 * torch.randn(parameter.shape, generator=random)
-    held = learner.replay._held
-    for name, tensor in held.items():
-        if tensor.is_floating_point():
-            held[name] = tensor.double()
-    held["paid"] += torch.randn(held["paid"].shape, generator=random).double()
+    """See `precise_learner`; what was paid differs as well."""
+    learner = precise_learner(config_of(**settings))
+    paid = learner.replay._held["paid"]
+    paid += torch.randn(paid.shape, generator=torch.Generator().manual_seed(2)).double()
     return learner
-
-
-def output(generator, agent, x):
-    """What one agent's network makes of a vector, matrix by matrix."""
-    theta = generator.all_agents()
-    layers = [*generator.mlp.layers]
-    for layer in layers:
-        weight, bias = (theta[f"{layer}.{kind}"] for kind in ("weight", "bias"))
-        weight, bias = (t[agent if len(t) > 1 else 0] for t in (weight, bias))
-        x = weight @ x + bias
-        if layer != layers[-1]:
-            x = torch.tanh(x)
-    return x
 
 
 def one_hot(values):
