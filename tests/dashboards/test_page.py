@@ -147,9 +147,20 @@ def test_the_slider_moves_matrices_and_keeps_the_address(page):
     assert page.locator("#update-text").inner_text() == "update 0 of 2 · 64 frames"
     assert drawn(page, "Cosine of g, after sharing") != now
     page.wait_for_function("location.hash.includes('update=0')")
+    # It stands there for half a second, which asking from time to time may miss.
+    page.evaluate(REMEMBER_UPDATES)
     page.click("#play")
-    expect(page.locator("#update-text")).to_contain_text("update 1 ")
-    page.click("#play")
+    expect(page.locator("#play")).to_have_text("Play", timeout=90_000)  # again, at the end
+    seen = page.evaluate("() => window.seen")
+    assert [text.partition(" of")[0] for text in seen] == ["update 1", "update 2"]
+
+
+REMEMBER_UPDATES = """() => {
+  window.seen = [];
+  const text = document.getElementById("update-text");
+  const remember = () => window.seen.push(text.textContent);
+  new MutationObserver(remember).observe(text, { childList: true, subtree: true });
+}"""
 
 
 def test_an_address_brings_a_view_back(file, page, opened):
