@@ -8,7 +8,7 @@ import numpy as np
 
 from analyses.embeddings import mds_path
 from dashboards.choices import Choices
-from dashboards.embeddings_tab import unit_axes
+from dashboards.embedding_planes import unit_axes
 from dashboards.interference_tab import agent_order, tree_figure
 from dashboards.lines import NOT_RECORDED, cursor, line, lines_figure
 from dashboards.matrices import matrix_figure, order_part, pair_part

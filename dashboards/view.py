@@ -7,9 +7,10 @@ from dashboards.behaviour_tab import behaviour_tab
 from dashboards.choices import Choices
 from dashboards.colours import Mark, run_marks
 from dashboards.compare_tab import compare_tab
-from dashboards.embeddings_tab import COLOURS, PERPLEXITIES, embeddings_tab
+from dashboards.embeddings_tab import COLOURS, embeddings_tab
 from dashboards.gradients_tab import gradients_tab
 from dashboards.interference_tab import interference_tab
+from dashboards.neighbour_maps import PERPLEXITIES
 from dashboards.overview_tab import method_marks, methods, overview_tab
 from dashboards.panel import Panel, Tab
 from dashboards.run_table import distinct_names
