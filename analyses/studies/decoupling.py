@@ -158,20 +158,24 @@ def _figure(table: pd.DataFrame) -> str:
 
 
 _PRESETS = ("specialisation-temporal", "dispersion")
+_PPO = {
+    "epochs": 4,
+    "minibatches": 4,
+    "learning_rate": 5e-4,
+    "gae_lambda": 0.95,
+    "entropy_coefficient": 0.01,
+}
 _SMALL = {
     "diagnostics": "full",
     "copies": 64,
     "steps": 32,
-    "ppo": {
-        "epochs": 4,
-        "minibatches": 4,
-        "learning_rate": 5e-4,
-        "gae_lambda": 0.95,
-        "entropy_coefficient": 0.01,
-    },
+    "ppo": _PPO,
     "evaluation": {"every": 0},
 }
 """Settings that keep the smaller budgets small, over the paper's."""
+
+_BRISK = _SMALL | {"copies": 16, "ppo": _PPO | {"learning_rate": 1e-3}}
+"""Settings that learn from few frames: short rollouts, long steps."""
 
 DECOUPLING = Study(
     name="decoupling",
@@ -181,7 +185,7 @@ DECOUPLING = Study(
             _PRESETS[:1], _SMALL | {"frames": 60_000, "every": 6, "network": {"hidden": [16]}}, 5
         ),
         "standard": _sweep(
-            _PRESETS, _SMALL | {"frames": 300_000, "every": 10, "network": {"hidden": [32, 32]}}, 10
+            _PRESETS, _BRISK | {"frames": 40_960, "every": 10, "network": {"hidden": [32, 32]}}, 10
         ),
         "full": _sweep(
             _PRESETS, {"diagnostics": "full", "every": 20, "evaluation": {"every": 0}}, 10

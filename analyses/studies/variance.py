@@ -214,7 +214,7 @@ VARIANCE = Study(
     question="Does HyperMARL's policy gradient vary less, and by more than its size explains?",
     budgets={
         "quick": _sweep(_PRESETS[:1], _SMALL | {"frames": 20_480, "every": 2}, 5),
-        "standard": _sweep(_PRESETS, _SMALL | {"frames": 1_000_000, "every": 20}, 10),
+        "standard": _sweep(_PRESETS, _SMALL | {"frames": 51_200, "every": 5}, 10),
         "full": _sweep(
             _PRESETS, {"diagnostics": "full", "every": 20, "evaluation": {"every": 0}}, 10
         ),
