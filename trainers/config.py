@@ -209,13 +209,23 @@ class NetworkConfig(_Section):
 class HypernetworkConfig(_Section):
     """The generator of the hypermarl methods."""
 
-    embedding: Literal["default", "learned", "one-hot", "orthogonal", "random"] = Field(
-        "default",
-        description="what the hypernetwork reads: learned embeddings, or fixed ones: one-hot, rows "
-        "of a random orthogonal matrix, or random (standard normal); default: one-hot for "
-        "hypermarl-linear, else learned",
+    embedding: Literal["default", "learned", "one-hot", "orthogonal", "random", "equiangular"] = (
+        Field(
+            "default",
+            description="what the hypernetwork reads: learned embeddings, or fixed ones: one-hot, "
+            "rows of a random orthogonal matrix, random (standard normal), or equiangular (unit "
+            "vectors, any two at the same cosine); default: one-hot for hypermarl-linear, else "
+            "learned",
+        )
     )
-    embedding_size: PositiveInt = Field(8, description="size of an embedding that is not one-hot")
+    embedding_size: PositiveInt = Field(
+        8, description="size of an embedding that is not one-hot or equiangular"
+    )
+    cosine: Fraction = Field(
+        0.5,
+        description="cosine of any two agents' equiangular embeddings, from 0, with which "
+        "hypermarl-linear without bias is as nops, to 1, with which it is as fups",
+    )
     hidden: tuple[PositiveInt, ...] = Field((64,), description="widths of hypermarl's trunks")
     shared_trunk: bool = Field(
         False, description="one trunk for all weights and biases of a network, not one for each"

@@ -33,9 +33,10 @@ class HyperMarlConfig(ModelConfig):  # type: ignore[misc]
     Attributes:
         num_cells: Widths of the generated network's hidden layers.
         activation: Between them, "tanh" or "relu".
-        embedding: What the hypernetwork reads of an agent: "learned", "one-hot", "orthogonal" or
-            "random".
-        embedding_size: Size of an embedding that is not one-hot.
+        embedding: What the hypernetwork reads of an agent: "learned", "one-hot", "orthogonal",
+            "random" or "equiangular".
+        embedding_size: Size of an embedding that is not one-hot or equiangular.
+        cosine: Cosine of any two agents' equiangular embeddings, from 0 to 1.
         hidden: Widths of the hypernetwork's trunks; () for the linear hypernetwork.
         shared_trunk: One trunk for all weights and biases, not one for each.
         bias: Whether the heads have a bias, which all agents share.
@@ -46,6 +47,7 @@ class HyperMarlConfig(ModelConfig):  # type: ignore[misc]
     activation: str = "tanh"
     embedding: str = "learned"
     embedding_size: int = 8
+    cosine: float = 0.5
     hidden: Sequence[int] = (64,)
     shared_trunk: bool = False
     bias: bool = True
@@ -59,6 +61,7 @@ class HyperMarlConfig(ModelConfig):  # type: ignore[misc]
             self.activation,
         )
         _ = EMBEDDINGS[self.embedding]
+        check(0 <= self.cosine <= 1, "cosine", "be from 0 to 1", self.cosine)
         for name in ("num_cells", "hidden"):
             widths = getattr(self, name)
             check(all(int(width) > 0 for width in widths), name, "hold widths above 0", widths)
@@ -98,6 +101,7 @@ class HyperMarl(Model):  # type: ignore[misc]
         activation: str,
         embedding: str,
         embedding_size: int,
+        cosine: float,
         hidden: Sequence[int],
         shared_trunk: bool,
         bias: bool,
@@ -111,6 +115,7 @@ class HyperMarl(Model):  # type: ignore[misc]
             activation: See `HyperMarlConfig`.
             embedding: See `HyperMarlConfig`.
             embedding_size: See `HyperMarlConfig`.
+            cosine: See `HyperMarlConfig`.
             hidden: See `HyperMarlConfig`.
             shared_trunk: See `HyperMarlConfig`.
             bias: See `HyperMarlConfig`.
@@ -137,6 +142,7 @@ class HyperMarl(Model):  # type: ignore[misc]
         config = HypernetworkConfig(
             embedding=embedding,
             embedding_size=embedding_size,
+            cosine=cosine,
             hidden=tuple(hidden),
             shared_trunk=shared_trunk,
             bias=bias,

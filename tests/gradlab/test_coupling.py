@@ -36,6 +36,7 @@ FORMS = {
         {"shared_trunk": True, "embedding": "learned", "embedding_size": 2},
     ),
     "linear, orthogonal": ("hypermarl-linear", {"embedding": "orthogonal", "embedding_size": 4}),
+    "linear, equiangular": ("hypermarl-linear", {"embedding": "equiangular", "cosine": 0.3}),
     "random": ("hypermarl", {"embedding": "random", "embedding_size": 2, "hidden": (6,)}),
     "fups, own log_std": ("fups", {}),
     "fups-id, own log_std": ("fups-id", {}),
@@ -360,6 +361,7 @@ def test_probes_in_float32():
         ("hypermarl-linear", {"embedding": "one-hot", "bias": False}, 0),
         ("hypermarl-linear", {"embedding": "orthogonal"}, 0.5),
         ("hypermarl-linear", {"embedding": "orthogonal", "bias": False}, 0),
+        ("hypermarl-linear", {"embedding": "equiangular", "cosine": 0.25}, 0.625),
     ],
 )
 def test_golden_values(method, settings, expected):

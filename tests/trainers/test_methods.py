@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from gradlab.cli import run as main
+from gradlab.metrics.coupling import coupling
 from gradlab.run import open_run
+from trainers.agent_policy import load_policy
+from trainers.checkpoints import newest_checkpoint
 from trainers.config import SharingConfig, TrainConfig
 from trainers.description import describe_generator, describe_networks
 from trainers.envs.vector_env import Box
@@ -47,6 +50,7 @@ def trained(generator):
         {"shared_trunk": True, "embedding": "orthogonal", "embedding_size": 3},
         {"shared_trunk": True, "hidden": (5, 7), "embedding": "one-hot"},
         {"embedding": "learned", "embedding_size": 2, "scaled_init": False},
+        {"embedding": "equiangular", "bias": False},
     ],
     ids=lambda settings: " ".join(settings) or "default",
 )
@@ -197,6 +201,69 @@ def test_more_agents_than_features_get_rows_of_orthonormal_columns():
     config = SharingConfig(hypernetwork={"embedding": "orthogonal", "embedding_size": 2})
     rows = make("hypermarl", mlp_of(6, 4, 2), 5, config).embedding
     torch.testing.assert_close(rows.mT @ rows, torch.eye(2))
+
+
+def turned(cosine, agents=3):
+    """The linear hypernetwork without bias on embeddings at an angle."""
+    settings = {"embedding": "equiangular", "cosine": cosine, "bias": False}
+    config = SharingConfig(hypernetwork=settings)
+    return make("hypermarl-linear", mlp_of(6, 4, 2), agents, config)
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.3, 0.9, 1.0])
+def test_equiangular_embeddings_set_the_coupling_of_gradients_and_initial_weights(cosine):
+    generator = turned(cosine)
+    rows = generator.embedding.double()
+    wanted = torch.full((3, 3), cosine, dtype=torch.float64).fill_diagonal_(1)
+    torch.testing.assert_close(rows @ rows.mT, wanted, rtol=0, atol=1e-7)  # written in float32
+    of_table = torch.nn.functional.normalize(rows)
+    found = coupling(generator.double(), 3).coupling.to_numpy()
+    for layer in found:
+        np.testing.assert_allclose(layer, (of_table @ of_table.mT).numpy(), rtol=0, atol=1e-10)
+    weights = turned(cosine).all_agents()["layer0.weight"].detach().flatten(1)
+    alike = torch.corrcoef(weights)[~torch.eye(3, dtype=torch.bool)]
+    assert alike.mean().item() == pytest.approx(cosine, abs=0.1)
+
+
+@pytest.mark.parametrize(("cosine", "like"), [(0.0, "nops"), (1.0, "fups")])
+def test_equiangular_embeddings_train_like_separate_or_shared_networks_at_the_ends(cosine, like):
+    generator, plain = turned(cosine), make(like, mlp_of(6, 4, 2))
+    towards = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1))
+
+    def moved(some):
+        before = some.all_agents()["layer0.weight"].detach().clone()
+        optimiser = torch.optim.Adam(some.parameters(), lr=1e-2)
+        for factor in (1.0, -0.5, 2.0):
+            optimiser.zero_grad()
+            (factor * towards * some.all_agents()["layer0.weight"]).sum().backward()
+            optimiser.step()
+        after = some.all_agents()["layer0.weight"].detach()
+        return (after - before).expand(3, -1, -1)
+
+    torch.testing.assert_close(moved(generator), moved(plain), rtol=1e-4, atol=1e-6)
+
+
+def test_equiangular_embeddings_are_kept_and_do_not_move(tmp_path):
+    settings = {
+        "method": "hypermarl-linear",
+        "hypernetwork": {"embedding": "equiangular", "cosine": 0.25, "bias": False},
+        "env": "specialisation",
+        "agents": 3,
+        "frames": 64,
+        "copies": 8,
+        "steps": 4,
+        "diagnostics": "off",
+        "network": {"hidden": [4]},
+    }
+    train_run(TrainConfig.model_validate(settings), tmp_path / "r")
+    saved, _ = newest_checkpoint(tmp_path / "r")
+    for network in ("actor", "critic"):
+        (table,) = (
+            t for n, t in saved.tensors.items() if n.startswith(network) and n.endswith("embedding")
+        )
+        torch.testing.assert_close(table, turned(0.25).embedding, rtol=0, atol=0)
+    policies = [load_policy(tmp_path / "r", agent=agent)(torch.ones(1, 1)) for agent in range(3)]
+    assert not torch.equal(policies[0], policies[1])
 
 
 def test_random_embeddings_are_standard_normal_and_fixed():

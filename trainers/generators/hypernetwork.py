@@ -65,7 +65,7 @@ class HyperNetwork(Generator):
         self.config = config
         self.own_log_std = own_log_std
         self.embedding: Tensor
-        table = EMBEDDINGS[config.embedding](agents, config.embedding_size, random)
+        table = EMBEDDINGS[config.embedding].draw(agents, config, random)
         self.learned = config.embedding == "learned"
         if self.learned:
             self.embedding = nn.Parameter(table)
@@ -128,7 +128,7 @@ class HyperNetwork(Generator):
         Returns:
             Those of embeddings, trunks, heads, memory and log standard deviations.
         """
-        size = agents if config.embedding == "one-hot" else config.embedding_size
+        size = EMBEDDINGS[config.embedding].size(agents, config.embedding_size)
         reads = size + (mlp.observation_size if cls.reads_observation else 0)
         widths = (reads, *config.hidden)
         trunk = sum(outputs * (inputs + 1) for inputs, outputs in pairwise(widths))
