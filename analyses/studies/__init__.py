@@ -1,14 +1,29 @@
 """Claims as commands: train what is missing, or draw; tabulate, give a verdict."""
 
+from analyses.studies.adaptability import ADAPTABILITY
 from analyses.studies.bias import BIAS
 from analyses.studies.decoupling import DECOUPLING
+from analyses.studies.embeddings import EMBEDDINGS
+from analyses.studies.mechanism import MECHANISM
 from analyses.studies.specialisation import SPECIALISATION
 from analyses.studies.study import Simulation, Study, run_study
 from analyses.studies.variance import VARIANCE
 from gradlab.registry import Registry
 
 STUDIES: Registry[Study | Simulation] = Registry(
-    "study", {study.name: study for study in (SPECIALISATION, VARIANCE, DECOUPLING, BIAS)}
+    "study",
+    {
+        study.name: study
+        for study in (
+            SPECIALISATION,
+            VARIANCE,
+            DECOUPLING,
+            ADAPTABILITY,
+            EMBEDDINGS,
+            MECHANISM,
+            BIAS,
+        )
+    },
 )
 
 __all__ = ["STUDIES", "Simulation", "Study", "run_study"]

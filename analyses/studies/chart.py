@@ -1,4 +1,4 @@
-"""Line charts as small SVG files, for reports that any viewer shows."""
+"""Line charts and scatter plots as small SVG files, for reports that any viewer shows."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,11 @@ _WIDTH, _HEIGHT = 300, 210
 _LEFT, _TOP, _RIGHT, _BOTTOM = 44, 34, 12, 40
 _ROW = 18
 _ASIDE = 3.0
-# Okabe and Ito (2008), but for their yellow.
-_COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#000000", "#888888")
+# Okabe and Ito (2008), but for their yellow; and two of Tol's muted ones (2021).
+_COLOURS = (
+    *("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#000000", "#888888"),
+    *("#882255", "#999933"),
+)
 _GREY = "#888888"
 
 
@@ -66,6 +69,90 @@ class Panel:
     marks: Sequence[float] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cloud:
+    """One scatter plot, of a single scale for both axes.
+
+    Attributes:
+        title: What it shows.
+        across: What the horizontal axis is.
+        up: What the vertical axis is.
+        points: Where each point lies, horizontally and vertically.
+        marks: What stands there for it: a letter or number.
+        groups: What each point is of; points of the same group have one colour in all plots.
+    """
+
+    title: str
+    across: str
+    up: str
+    points: Sequence[tuple[float, float]]
+    marks: Sequence[str]
+    groups: Sequence[str]
+
+
+def scatter(clouds: Sequence[Cloud]) -> str:
+    """Draw scatter plots side by side.
+
+    Args:
+        clouds: The plots.
+
+    Returns:
+        An SVG file.
+    """
+    names = list(dict.fromkeys(name for cloud in clouds for name in cloud.groups))
+    parts = _begin(len(clouds), len(names))
+    for number, cloud in enumerate(clouds):
+        parts.append(f'<g transform="translate({number * _WIDTH} 0)">')
+        parts += _cloud(cloud, names)
+        parts.append("</g>")
+    for row, name in enumerate(names):
+        y = _HEIGHT + _ROW * row + 10
+        parts.append(f'<circle cx="{_LEFT + 15}" cy="{y}" r="4" fill="{_colour(row)}"/>')
+        parts.append(f'<text x="{_LEFT + 38}" y="{y + 4}">{escape(name)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _begin(panels: int, names: int) -> list[str]:
+    width, height = _WIDTH * panels, _HEIGHT + _ROW * names + 8
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+
+
+def _cloud(cloud: Cloud, names: Sequence[str]) -> list[str]:
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    rows = [point for point in cloud.points if all(map(math.isfinite, point))]
+    ends = [(min(axis), max(axis)) for axis in zip(*rows, strict=True)] or [(0.0, 0.0)] * 2
+    spans = [high - low for low, high in ends]
+    # One scale for both axes, and room for the marks.
+    scale = min(
+        (room - 16) / span if span > 0 else math.inf
+        for room, span in zip((right - _LEFT, bottom - _TOP), spans, strict=True)
+    )
+    scale = scale if math.isfinite(scale) else 0.0
+    middle = [(low + high) / 2 for low, high in ends]
+    parts = [
+        f'<text x="{_LEFT}" y="18" font-weight="bold">{escape(cloud.title)}</text>',
+        f'<rect x="{_LEFT}" y="{_TOP}" width="{right - _LEFT}" height="{bottom - _TOP}" '
+        'fill="none" stroke="#e5e5e5"/>',
+        f'<text x="{(_LEFT + right) / 2}" y="{bottom + 15}" text-anchor="middle">'
+        f"{escape(cloud.across)}</text>",
+        f'<text transform="translate({_LEFT - 8} {(_TOP + bottom) / 2}) rotate(-90)" '
+        f'text-anchor="middle">{escape(cloud.up)}</text>',
+    ]
+    for point, mark, group in zip(cloud.points, cloud.marks, cloud.groups, strict=True):
+        if all(map(math.isfinite, point)):
+            x = (_LEFT + right) / 2 + scale * (point[0] - middle[0])
+            y = (_TOP + bottom) / 2 - scale * (point[1] - middle[1])
+            parts.append(
+                f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" '
+                f'fill="{_colour(names.index(group))}">{escape(mark)}</text>'
+            )
+    return parts
+
+
 def chart(panels: Sequence[Panel], labels: Sequence[str], axis: str) -> str:
     """Draw panels side by side over one axis of equally spaced labels.
 
@@ -78,12 +165,7 @@ def chart(panels: Sequence[Panel], labels: Sequence[str], axis: str) -> str:
         An SVG file.
     """
     names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
-    width, height = _WIDTH * len(panels), _HEIGHT + _ROW * len(names) + 8
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" font-family="sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
+    parts = _begin(len(panels), len(names))
     for number, panel in enumerate(panels):
         parts.append(f'<g transform="translate({number * _WIDTH} 0)">')
         parts += _panel(panel, labels, axis, names)

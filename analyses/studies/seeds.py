@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from analyses.aggregate import across_seeds, difference_across_seeds
 from analyses.studies.verdict import Estimate
@@ -40,9 +41,29 @@ def over_training(run: Run, quantity: str, space: str | None = None) -> float:
     Returns:
         The mean of what is known, NaN if nothing is.
     """
+    return _mean(_of_actor(run, quantity, space).to_numpy())
+
+
+def _of_actor(run: Run, quantity: str, space: str | None) -> xr.DataArray:
     found = run.quantity(quantity)
     where = {**_WHOLE_ACTOR, "space": space}
-    return _mean(found.sel({axis: where[axis] for axis in where if axis in found.dims}).to_numpy())
+    return found.sel({axis: where[axis] for axis in where if axis in found.dims})
+
+
+def over_pairs(run: Run, quantity: str, *, own: bool = False, space: str | None = None) -> float:
+    """Mean of what is recorded of the whole actor's pairs of agents, over the updates that have it.
+
+    Args:
+        run: A run with diagnostics.
+        quantity: Its name.
+        own: Take each agent with itself, not with the others.
+        space: "psi" or "theta", of a quantity that has both.
+
+    Returns:
+        The mean of what is known, NaN if nothing is.
+    """
+    pairs = _of_actor(run, quantity, space).transpose(..., "agent", "agent_other").to_numpy()
+    return _mean(pairs[..., np.eye(pairs.shape[-1], dtype=bool) == own])
 
 
 def signal_to_noise(run: Run, space: str) -> float:

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,32 @@ import yaml
 
 from analyses.aggregate import across_seeds
 from analyses.studies import STUDIES, Study, run_study
+from analyses.studies.adaptability import report as report_adaptability
+from analyses.studies.adaptability import row_of as row_of_adaptability
+from analyses.studies.chart import Cloud, scatter
 from analyses.studies.decoupling import DECOUPLING
+from analyses.studies.embeddings import EMBEDDINGS, PAIRS, arrange, goals_of
+from analyses.studies.mechanism import ALIKE, APART, COSINES, MOST, SURGERIES, set_to, trend
+from analyses.studies.mechanism import report as report_mechanism
+from analyses.studies.mechanism import row_of as row_of_mechanism
+from analyses.studies.relabelling import gaps
 from analyses.studies.seeds import FEWEST, difference, estimate, over_training
 from analyses.studies.specialisation import LEARNED, METHODS, SPECIALISATION, levels
 from analyses.studies.variance import VARIANCE, trained_parameters
 from analyses.studies.verdict import Estimate, judge
 from gradlab.checks import Failed, UsageError
 from gradlab.cli import run as main
+from gradlab.quantity import Quantity
 from gradlab.registry import Registry
 from gradlab.run import open_run
+from gradlab.run_writer import RunWriter
+from trainers.agent_policy import load_policy
 from trainers.config import TrainConfig
+from trainers.envs import make_env
 from trainers.envs.matrix_games import GAMES, NAMES, chance_return
 from trainers.loop import Trainer
+from trainers.presets import with_preset
+from trainers.settings import make_config
 from trainers.sweeps import Engine, plan_runs, run_sweep
 from trainers.sweeps.task import train_task
 from trainers.train import train_run, train_settings
@@ -282,6 +297,242 @@ def test_decoupling_study_tells_generators_apart_by_their_gap(tmp_path):
     )
     assert rows["share of J's noise"]["hypermarl"] == 0
     assert rows["share of J's noise"]["hypermarl-coupled"] > 0
+
+
+def finished(folder, settings, *updates):
+    """A run of 4 agents that recorded these quantities, without any training."""
+    config = make_config(settings)
+    with RunWriter(folder) as writer:
+        writer.describe(
+            method=config.scheme,
+            methods=config.methods,
+            environment=config.env,
+            agents=4,
+            seed=config.seed,
+            config=config.model_dump(mode="json"),
+            state="done",
+        )
+        for update, quantities in enumerate(updates):
+            writer.write(update, quantities)
+    return open_run(folder)
+
+
+def scalar(value):
+    return Quantity.scalar(value, "1", "")
+
+
+def of_actor(own, others, **axes):
+    """A matrix of agents, of the actor and of further axes of one label each."""
+    matrix = np.full((4, 4), float(others))
+    np.fill_diagonal(matrix, own)
+    agents = {"agent": [0, 1, 2, 3], "agent_other": [0, 1, 2, 3]}
+    coords = {"network": ["actor"], **axes, **agents}
+    dims = tuple(coords)
+    values = matrix.reshape([1] * (len(dims) - 2) + [4, 4])
+    return Quantity(values=values, dims=dims, coords=coords)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (
+            {
+                "method": "hypermarl-linear",
+                "hypernetwork": {"embedding": "equiangular", "cosine": 0.75},
+            },
+            set_to(0.75),
+        ),
+        ({"method": "fups-id"}, "fups-id"),
+        ({"method": "fups-id", "aggregate": "upgrad"}, "fups-id+upgrad"),
+    ],
+)
+def test_mechanism_study_reads_what_steps_do_to_others(tmp_path, settings, name):
+    whole, psi = {"layer": ["all"]}, {"space": ["psi"]}
+
+    def update(reward, passed, own):
+        return {
+            "reward_per_step": scalar(reward),
+            "coupling": of_actor(1, 0.75, **whole),
+            "transference": of_actor(own, passed),
+            "cosine_debiased": Quantity(
+                values=np.concatenate(
+                    [
+                        of_actor(1, 0.2, **psi, **whole).values,
+                        of_actor(1, np.nan, **psi, **whole).values,
+                    ],
+                    axis=1,
+                ),
+                dims=("network", "space", "layer", "agent", "agent_other"),
+                coords=of_actor(1, 0, **whole).coords | {"space": ["psi", "theta"]},
+            ),
+            "conflict_rate": Quantity(
+                values=np.full((1, 2, 1), 0.5),
+                dims=("network", "space", "layer"),
+                coords={"network": ["actor"], "space": ["psi", "theta"], **whole},
+            ),
+        }
+
+    settings = settings | {"critic_method": "nops", "env": APART, "seed": 3}
+    run = finished(tmp_path / "r", settings, update(0.2, 0.6, -3.0), update(0.6, 0.0, -1.0))
+    row = row_of_mechanism(run)
+    assert (row["game"], row["sharing"], row["seed"]) == (APART, name, 3)
+    assert row["reward"] == pytest.approx(0.6)
+    assert row["reward over training"] == pytest.approx(0.4)
+    assert row["measured coupling"] == pytest.approx(0.75)
+    assert row["passed on"] == pytest.approx(-0.15)  # of means over updates
+    assert row["cosine of g"] == pytest.approx(0.2)
+    assert np.isnan(row["cosine of Z"])
+    assert row["conflict rate of g"] == 0.5
+
+
+def test_mechanism_study_follows_coupling_and_surgery():
+    rows = []
+
+    def add(game, sharing, seed, reward, passed=0.0):
+        known = {"reward": reward, "reward over training": reward - 0.1, "passed on": passed}
+        unread = dict.fromkeys(
+            ("measured coupling", "cosine of Z", "cosine of g", "conflict rate of g"), 0.0
+        )
+        rows.append({"game": game, "sharing": sharing, "seed": seed} | known | unread)
+
+    for seed in range(5):
+        noise = 0.01 * seed
+        for cosine in COSINES:
+            # at 1 agents of the first game can't differ, which is not about their gradients
+            apart = 0.9 - 0.5 * cosine if cosine <= MOST else 2.0
+            add(APART, set_to(cosine), seed, apart - noise, -0.4 * cosine)
+            add(ALIKE, set_to(cosine), seed, 0.4 + 0.5 * cosine, 0.7 * cosine)
+        for name, reward in (("fups-id", 0.7), ("fups-id+pcgrad", 0.9), ("fups-id+upgrad", 0.6)):
+            add(APART, name, seed, reward + noise)
+    found = pd.DataFrame(rows)
+    findings = report_mechanism(found)
+    outcomes = {verdict.claim: verdict.outcome for verdict in findings.verdicts}
+    supported = [claim for claim, outcome in outcomes.items() if outcome == "supported"]
+    assert len(supported) == 7
+    lost = f"{APART}: conflict taken away by upgrad, fups-id earns more"
+    assert outcomes[lost] == "not supported"
+    assert set(outcomes) - {*supported, lost} == {  # nothing was trained with them there
+        f"{ALIKE}: conflict taken away by {name}, fups-id earns more" for name in SURGERIES
+    }
+    assert trend(found, "reward", APART, most=MOST) == pytest.approx((-1, -1, -1))
+    assert trend(found, "reward", APART).value > -0.9
+    ElementTree.fromstring(findings.figures["mechanism"])
+
+
+def test_goals_are_those_of_the_scenario():
+    for env_args in EMBEDDINGS.budgets["quick"]["grid"]["env_args"]:
+        config = make_config(with_preset({"preset": "navigation-4ag-half", "env_args": env_args}))
+        env = make_env(config.env, copies=3, agents=4, args=config.env_args)
+        env.reset()
+        places = torch.stack([agent.goal.state.pos for agent in env._env.agents])
+        goals = goals_of(config.env_args)
+        for i, k in product(range(4), repeat=2):
+            assert torch.equal(places[i], places[k]) == (goals[i] == goals[k])
+
+
+def test_embeddings_study_reads_where_agents_ended(tmp_path):
+    pairs = {"agents_with_same_goal": 2, "split_goals": True}
+    study = small(EMBEDDINGS, env_args=[pairs], seed=[0])
+    study.budgets["quick"]["settings"].update(every=2, effects_every=2)
+    report = run_study(study, "quick", tmp_path, train=train)
+    (folder,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    run = open_run(folder)
+    found = arrange(run)
+    assert found.goals == PAIRS
+    rows = run.embeddings["actor"].to_numpy()[-1]
+    policies = [
+        torch.cat([p.flatten() for p in load_policy(run, agent=agent).parameters()])
+        for agent in range(4)
+    ]
+    for i, k in product(range(4), repeat=2):
+        apart = found.distances["embeddings"][i, k]
+        assert apart == pytest.approx(np.linalg.norm(rows[i] - rows[k]))
+        apart = found.distances["weights"][i, k]
+        assert apart == pytest.approx((policies[i] - policies[k]).norm().item(), rel=1e-4)
+    table = pd.read_csv(report.parent / "embeddings-runs.csv")
+    gap = gaps(found.distances["embeddings"], PAIRS)[0]
+    assert table["gap in embeddings"][0] == pytest.approx(gap)
+    text = report.read_text()
+    assert "all 3 arrangements within 1 seeds" in text
+    for name in ("distance", "pca", "tsne"):
+        ElementTree.parse(report.parent / f"embeddings-{name}.svg")
+
+
+def test_scatter_plots_show_every_point_on_one_scale():
+    cloud = Cloud(
+        title="a < b",
+        across="x",
+        up="y",
+        points=[(0.0, 0.0), (3.0, 0.0), (0.0, 1.0), (np.nan, 0.0)],
+        marks=["p", "q", "r", "s"],
+        groups=["one", "two", "two", "one"],
+    )
+    root = ElementTree.fromstring(scatter([cloud, cloud]))
+    texts = {}
+    for text in root.iter("{http://www.w3.org/2000/svg}text"):
+        if "x" in text.attrib:
+            texts.setdefault(text.text, (float(text.get("x")), float(text.get("y"))))
+    assert "s" not in texts
+    across = texts["q"][0] - texts["p"][0]
+    up = texts["p"][1] - texts["r"][1]
+    assert across == pytest.approx(3 * up, abs=0.2)
+    assert across > 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"method": "dico"}, "dico"), ({"algorithm": "happo", "method": "nops"}, "happo")],
+)
+def test_adaptability_study_reads_the_end_of_a_run(tmp_path, settings, name):
+    settings = with_preset({"preset": "navigation-4ag-half", "seed": 2, **settings})
+    updates = [{"reward_per_step": scalar(x), "snd": scalar(3 * x)} for x in (0.1, 0.2)]
+    row = row_of_adaptability(finished(tmp_path / "r", settings, *updates))
+    assert row == pytest.approx({
+        "environment": "navigation-4ag-half",
+        "method": name,
+        "seed": 2,
+        "reward": 0.2,
+        "SND": 0.6,
+    })
+
+
+def test_adaptability_study_compares_with_the_best_and_across_goals():
+    same, different = "navigation-4ag-same", "navigation-4ag-different"
+    known = {  # reward and SND with one goal, and with a goal each
+        "fups-id": ((1.0, 0.1), (0.5, 0.1)),
+        "nops": ((0.8, 0.7), (1.0, 0.6)),
+        "hypermarl": ((0.95, 0.1), (0.99, 0.5)),
+    }
+    rows = [
+        {
+            "environment": preset,
+            "method": method,
+            "seed": seed,
+            "reward": reward + 0.001 * seed,
+            "SND": snd,
+        }
+        for method, numbers in known.items()
+        for preset, (reward, snd) in zip((same, different), numbers, strict=True)
+        for seed in range(5)
+    ]
+    findings = report_adaptability(pd.DataFrame(rows))
+    outcomes = {verdict.claim: verdict.outcome for verdict in findings.verdicts}
+    earns = "earns at least 90% of what the best method does"
+    acts = "agents act more differently"
+
+    def told(*parts):
+        (outcome,) = (o for claim, o in outcomes.items() if all(part in claim for part in parts))
+        return outcome
+
+    assert told("hypermarl earns more than fups-id") == "supported"
+    assert told("hypermarl earns more than nops") == "supported"
+    assert told("hypermarl-linear earns more than nops") == "undecided"  # no runs
+    assert told("hypermarl ", earns) == "supported"
+    assert told("fups-id", earns) == told("nops", earns) == "not supported"
+    assert told("hypermarl's", acts) == "supported"
+    assert told("nops's", acts) == "not supported"
+    assert told("fups-id's", acts) == "undecided"
+    ElementTree.fromstring(findings.figures["adaptability"])
 
 
 def test_reports_in_the_documentation_are_of_studies_that_there_are():
