@@ -140,6 +140,7 @@ def test_mp4_has_the_frames():
     assert frames == 15
 
 
+@pytest.mark.slow
 def test_without_opengl_the_table_is_printed_and_the_packages_are_named(here):
     code = (
         "import sys, pyglet\n"

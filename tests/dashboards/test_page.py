@@ -3,6 +3,7 @@ import re
 
 import pytest
 from playwright.sync_api import expect
+from selection import slow_but
 
 from dashboards import page_html, write_page
 from dashboards.text import clean, json_island
@@ -104,7 +105,7 @@ def complaints(page):
     return [said for said in page.said if "GPU stall" not in said and "willReadFreq" not in said]
 
 
-@pytest.mark.parametrize("tab", TABS)
+@pytest.mark.parametrize("tab", slow_but(TABS, "overview", "interference", "embeddings"))
 def test_every_panel_of_every_tab_is_drawn_offline_and_without_complaint(file, page, tab):
     show(page, f"tab={tab}")
     panels = page.locator(f"#tabpanel-{tab} .panel")

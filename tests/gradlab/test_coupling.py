@@ -232,7 +232,7 @@ def test_a_part_that_nothing_trained_makes_has_no_coupling():
             np.testing.assert_allclose(found[measure].sel(layer=["all", "head"]), 1)
 
 
-@pytest.mark.parametrize("by", ["layer", "parameter"])
+@pytest.mark.parametrize("by", ["layer", pytest.param("parameter", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", slow_but(FORMS, *(f for f in FORMS if "seps" not in f)))
 def test_probes_agree_with_the_dense_coupling_within_their_error(form, by):
     generator = Without(make(form))

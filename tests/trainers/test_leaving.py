@@ -7,6 +7,7 @@ import pytest
 import torch
 from leaving_game import AGENTS, LeavingGame
 from reference import per_sample_gradients
+from selection import slow_but
 from torch.func import functional_call
 
 from gradlab.decomposition import decompose
@@ -153,7 +154,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", slow_but(OPTIONS, "coupled", "matd3"))
 def test_what_is_said_of_agents_that_have_left_changes_nothing(use, tmp_path, options):
     found = []
     for garbage in (0.0, -1e30) if options == "plain" else (0.0, torch.nan):

@@ -448,6 +448,7 @@ def test_training_whose_worker_is_killed_is_saved_and_ends_with_status_1(tmp_pat
     ends_as_the_whole(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_workers_of_a_killed_training_end_and_it_resumes_to_the_same_bits(tmp_path, whole):
     status, _ = interrupted(tmp_path, lambda trainer, _: os.kill(trainer, signal.SIGKILL))
     assert status == -signal.SIGKILL

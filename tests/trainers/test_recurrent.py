@@ -5,6 +5,7 @@ import pytest
 import torch
 from leaving_game import AGENTS, LeavingGame
 from reference import per_sample_gradients
+from selection import slow_but
 from test_update import CLOSE, Plain
 from torch import nn
 from torch.func import functional_call
@@ -349,7 +350,10 @@ class CueGame(VectorEnv):
 
 @pytest.mark.parametrize(
     ("method", "memory"),
-    [("hypermarl", "gru"), ("nops", "gru"), ("fups", "none")],
+    slow_but(
+        [("hypermarl", "gru"), ("nops", "gru"), ("fups", "none")],
+        ("hypermarl", "gru"),
+    ),
 )
 def test_only_a_memory_answers_a_cue_that_is_gone(tmp_path, monkeypatch, method, memory):
     monkeypatch.setattr("trainers.loop.make_env", lambda *_, copies, **__: CueGame(copies))

@@ -134,7 +134,13 @@ def test_killed_run_resumes_to_the_same_bits_from_the_command_line(tmp_path):
     same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="ctrl-c"),
+        pytest.param(signal.SIGTERM, id="terminate", marks=pytest.mark.slow),
+    ],
+)
 def test_asked_to_stop_it_ends_the_update_saves_and_says_how_to_go_on(tmp_path, number):
     command = [sys.executable, "-m", "gradlab", "train", "--frames", "10000000", "--out", "r"]
     with subprocess.Popen(

@@ -49,6 +49,7 @@ def alive(world_state):
     return world_state[:, : 6 * 10].unflatten(1, (6, 10))[..., 0] > 0
 
 
+@pytest.mark.slow
 def test_every_step_is_jaxmarls_own():
     import jax
     from jaxmarl.environments.smax import HeuristicEnemySMAX, map_name_to_scenario

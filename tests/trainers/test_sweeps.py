@@ -266,6 +266,7 @@ def test_run_that_dies_is_tried_again_while_it_comes_further(tmp_path, updates, 
     assert state.cause == ("" if kind == "done" else "killed, 3 times without coming further")
 
 
+@pytest.mark.slow
 def test_sweep_that_is_stopped_goes_on_where_it_was(tmp_path):
     document = {"settings": TINY | {"frames": 64 * 10_000}, "grid": {"seed": [0, 1]}}
     sweep = find_sweep(plan_runs(document), tmp_path)
