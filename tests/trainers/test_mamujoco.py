@@ -276,6 +276,7 @@ def test_partitions_are_all_that_gymnasium_robotics_has():
         ("ant-4x2", {"agent_obskk": 3}, "of mamujoco/ant-4x2 'agent_obskk'. Did you mean 'agent_o"),
         ("ant-4x2", {"agent_obsk": -1}, "`agent_obsk` must be a whole number of at least 0, or n"),
         ("ant-4x2", {"workers": 0}, "`workers` must be a whole number of at least 1"),
+        ("ant-4x2", {"patience": 0.5}, "`patience` must be a whole number of at least 1"),
         ("ant-4x2", {"standardise": 1}, "`standardise` must be true or false"),
         ("hopper-3x1", {"ctrl_cost_weigth": 1}, "Did you mean 'ctrl_cost_weight'"),
         ("hopper-3x1", {"ctrl_cost_weight": "x"}, "mamujoco/hopper-3x1 can't be made with"),
@@ -332,6 +333,23 @@ def test_dead_worker_is_named_with_its_cause_and_the_environment_starts_anew():
     os.kill(min(anew), signal.SIGSEGV)
     with pytest.raises(EnvironmentFailed, match=r"worker 0 of 2 \(copies 0 to 2\).* SIGSEGV"):
         env.step(action)
+    assert env.reset().isfinite().all()
+
+
+def test_worker_that_hangs_is_named_and_the_environment_starts_anew():
+    before = set(children(os.getpid()))
+    env = make("inverted_pendulum-1x1", patience=60)
+    workers = sorted(set(children(os.getpid())) - before)
+    env.reset()
+    env._workers._patience = 0.2  # its start takes longer
+    os.kill(workers[1], signal.SIGSTOP)
+    with pytest.raises(EnvironmentFailed) as failure:
+        env.step(actions(env, 1)[0])
+    assert str(failure.value).startswith(
+        "mamujoco/inverted_pendulum-1x1: worker 1 of 2 (copy 2) has not answered for 0.2 s"
+    )
+    assert all(gone(worker) for worker in workers)
+    env._workers._patience = 60
     assert env.reset().isfinite().all()
 
 

@@ -74,7 +74,9 @@ _DEFAULTS: dict[str, Any] = {
     "max_episode_steps": None,
     "standardise": False,
     "workers": None,
+    "patience": 600,
 }
+_HERE = ("standardise", "workers", "patience")  # which the workers need not know
 
 
 def mamujoco_names() -> list[str]:
@@ -114,7 +116,7 @@ class MujocoEnv(VectorEnv):
         self.copies = copies
         self._standardise: bool = own["standardise"]
         self._settings = {
-            **{key: value for key, value in own.items() if key not in {"standardise", "workers"}},
+            **{key: value for key, value in own.items() if key not in _HERE},
             "label": robot.label,
             "conf": conf,
             "joints_apart": joints_apart,
@@ -127,6 +129,7 @@ class MujocoEnv(VectorEnv):
             environment=f"mamujoco/{name}",
             copies=copies,
             number=own["workers"] or processor_cores(),
+            patience=own["patience"] or _DEFAULTS["patience"],
         )
         found = self._workers.start(self._settings)[0]
         if refused := found.get("refused"):
@@ -324,7 +327,8 @@ def _partition(name: str) -> tuple[Robot, str | None, bool]:
 
 def _check_arguments(given: Mapping[str, Any]) -> None:
     """Raise unless what this adapter itself takes is of the right kind."""
-    for name, least in (("agent_obsk", 0), ("max_episode_steps", 1), ("workers", 1)):
+    least_of = {"agent_obsk": 0, "max_episode_steps": 1, "workers": 1, "patience": 1}
+    for name, least in least_of.items():
         value = given[name]
         whole = type(value) is int and value >= least
         check(

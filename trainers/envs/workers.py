@@ -54,7 +54,9 @@ class Workers:
     alone.
     """
 
-    def __init__(self, script: Path, *, environment: str, copies: int, number: int) -> None:
+    def __init__(
+        self, script: Path, *, environment: str, copies: int, number: int, patience: float
+    ) -> None:
         """Start nothing yet.
 
         Args:
@@ -62,7 +64,9 @@ class Workers:
             environment: Name of the environment, for messages.
             copies: Number of copies.
             number: Number of workers, at most one for each copy.
+            patience: Seconds that an answer is waited for.
         """
+        self._patience = patience
         self._script = script
         self._environment = environment
         self._parts = [
@@ -88,7 +92,7 @@ class Workers:
             What each worker says of what it has made.
 
         Raises:
-            EnvironmentFailed: If one ends before it has said anything.
+            EnvironmentFailed: If one ends before it has said anything, or says nothing.
         """
         self.stop()
         self._file = _nameless_file()
@@ -138,8 +142,8 @@ class Workers:
             Each worker's answer.
 
         Raises:
-            EnvironmentFailed: If a worker has died: its name, copies and cause. The others are
-                stopped. Or if they have been stopped before.
+            EnvironmentFailed: If a worker has died, or does not answer: its name, copies and cause.
+                All are stopped. Or if they have been stopped before.
         """
         if not self._workers:
             raise EnvironmentFailed(f"{self._environment}: its workers have ended. Reset it first")
@@ -163,7 +167,7 @@ class Workers:
             Its answer, and the bytes that it sends with it, if the answer is not null.
 
         Raises:
-            EnvironmentFailed: If the worker has died.
+            EnvironmentFailed: If the worker has died, or does not answer.
         """
         number = next(i for i, (_, last) in enumerate(self._parts) if copy < last)
         worker = self._workers[number]
@@ -193,9 +197,15 @@ class Workers:
 
     def _receive_bytes(self, worker: _Worker) -> bytes:
         try:
-            return worker.connection.recv_bytes()
+            if worker.connection.poll(self._patience):
+                return worker.connection.recv_bytes()
         except (EOFError, OSError):
             raise self._death(worker) from None
+        worker.process.kill()  # it would not end when told to, either
+        raise EnvironmentFailed(
+            f"{self._environment}: {worker.name} has not answered for {self._patience:g} s: it "
+            "hangs, or was stopped. If it is only slow, give more with --env-arg patience=SECONDS"
+        )
 
     def _death(self, worker: _Worker) -> EnvironmentFailed:
         """Find out of what a worker died."""
