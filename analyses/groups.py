@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gradlab.run import Run
+from gradlab.run_writer import LARGEST_INFO, read_at_most
 
 
 def kinds(names: list[str]) -> list[str]:
@@ -67,8 +68,8 @@ def agent_returns(run: Run) -> np.ndarray | None:
     if not files:
         return None
     try:
-        found = json.loads(files[-1].read_text(encoding="utf-8"))
+        found = json.loads(read_at_most(files[-1], LARGEST_INFO))
         values = np.array(found["returns"], dtype=float)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return np.asarray(np.nanmean(values, axis=1)) if values.ndim == 2 and values.size else None

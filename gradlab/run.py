@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +15,10 @@ import numpy as np
 import xarray as xr
 from filelock import FileLock, Timeout
 
+from gradlab.axes import misfit
 from gradlab.checks import UsageError, unknown_name
 from gradlab.run_writer import (
+    LARGEST_INFO,
     LOCK_FILE,
     OURS,
     RECORDS_FILE,
@@ -24,12 +26,12 @@ from gradlab.run_writer import (
     SCHEMA,
     check_no_links,
     is_run,
+    read_at_most,
     written_as,
 )
 
 _EMBEDDING = "embedding_"
 _LAST = 2**63 - 1  # the largest number that the store holds
-_LARGEST_INFO = 10_000_000  # bytes of run.json; a training's has some thousands
 _LARGEST_RECORD = 10**9  # bytes; SQLite holds no more
 _MOST_AXES = 16
 _DTYPE = re.compile(r"[<|][biuf][0-9]{1,2}")
@@ -283,23 +285,40 @@ class Run:
         known = self._known(name)
         return {dim: list(known.coordinates[dim]) for dim in known.dims}
 
-    def updates(self, name: str) -> list[int]:
+    def updates(self, name: str, *, since: int = 0) -> list[int]:
         """List the updates at which a quantity was recorded without reading its records.
+
+        Args:
+            name: One of `quantities`.
+            since: The first update to list.
+
+        Returns:
+            Updates, ascending; of all those of when they were first asked for.
+
+        Raises:
+            UsageError: If no such quantity is recorded.
+        """
+        self._known(name)
+        if since > 0:
+            return [update for update, _ in self._rows(name, 0, 0, since)]
+        if name not in self._updates:
+            self._updates[name] = [update for update, _ in self._rows(name, 0, 0)]
+        return list(self._updates[name])
+
+    def newest(self, name: str) -> int | None:
+        """Look up the last update at which a quantity was recorded, however long the run.
 
         Args:
             name: One of `quantities`.
 
         Returns:
-            Updates, ascending; those of when it was first asked for.
+            The update; None if none of its records is whole.
 
         Raises:
             UsageError: If no such quantity is recorded.
         """
-        size = self._known(name).size
-        if name not in self._updates:
-            rows = self._rows(name, 0, 0)
-            self._updates[name] = [update for update, length, _ in rows if length == size]
-        return list(self._updates[name])
+        self._known(name)
+        return max((update for update, _ in self._rows(name, 0, 0, newest=True)), default=None)
 
     def quantity(
         self,
@@ -307,6 +326,7 @@ class Run:
         *,
         since: int = 0,
         until: int = _LAST,
+        at: Sequence[int] | None = None,
         where: Mapping[str, object] | None = None,
     ) -> xr.DataArray:
         """Read one quantity, over all updates at which it was recorded or some.
@@ -315,6 +335,8 @@ class Run:
             name: One of `quantities`.
             since: The first update to read.
             until: The last update to read.
+            at: The updates to read, ascending, in place of all from `since` to `until`; those at
+                which it was not recorded are left out.
             where: A label for each axis to fix, e.g. {"layer": "all"}; of every record only the
                 bytes from the first to the last number that is asked for are taken.
 
@@ -337,10 +359,9 @@ class Run:
             begin = [fixed.get(dim, 0) for dim in known.dims]
             first, end = (_cell(place, known.shape) for place in (begin, last))
             count = end - first + 1
+        spans = [(since, until)] if at is None else [(update, update) for update in at]
         rows = [
-            (update, data)
-            for update, length, data in self._rows(name, first * item, count * item, since, until)
-            if length == known.size
+            row for span in spans for row in self._rows(name, first * item, count * item, *span)
         ]
         values = np.frombuffer(b"".join(data for _, data in rows), dtype=known.dtype)
         values = values.reshape(len(rows), count)
@@ -417,11 +438,7 @@ class Run:
 
     def _read_info(self) -> dict[str, Any]:
         try:
-            with (self.path / RUN_FILE).open("rb") as file:
-                text = file.read(_LARGEST_INFO + 1)
-            if len(text) > _LARGEST_INFO:
-                raise ValueError("too large")
-            info = json.loads(text)
+            info = json.loads(read_at_most(self.path / RUN_FILE, LARGEST_INFO))
             if not isinstance(info, dict):
                 raise ValueError("not a JSON object")
         except FileNotFoundError:
@@ -485,10 +502,23 @@ class Run:
         if self._database is None:
             return found
         columns = "name, dims, coordinates, dtype, unit, estimator"
+        length = "+".join(f"length(CAST({column} AS BLOB))" for column in columns.split(", "))
         try:
+            described = 0
+            for (text,) in self._database.execute(f"SELECT {length} FROM quantity"):
+                described += text or 0
+                if described > LARGEST_INFO:
+                    raise ValueError("its quantities' descriptions are too large")
             for row in self._database.execute(f"SELECT {columns} FROM quantity ORDER BY rowid"):
-                found[row[0]] = _Quantity.read(row)
-        except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
+                quantity = _Quantity.read(row)
+                wrong = misfit(row[0], {dim: quantity.coordinates[dim] for dim in quantity.dims})
+                if wrong is None:
+                    found[row[0]] = quantity
+                else:
+                    self.problems.append(f"{row[0]} has {wrong}: it is passed over")
+        except (
+            *(sqlite3.DatabaseError, ValueError, TypeError, RecursionError, MemoryError),
+        ) as error:
             self.problems.append(
                 f"{RECORDS_FILE} is damaged ({error}): only what {len(found)} quantities recorded "
                 "can be read"
@@ -508,39 +538,60 @@ class Run:
         return file.stat().st_size < page_size * int.from_bytes(header[28:32], "big")
 
     def _rows(
-        self, name: str, start: int, count: int, since: int = 0, until: int = _LAST
-    ) -> Iterator[tuple[int, int, bytes]]:
-        """For each update: its number, the whole record's bytes, and `count` bytes of it."""
+        self,
+        name: str,
+        start: int,
+        count: int,
+        since: int = 0,
+        until: int = _LAST,
+        *,
+        newest: bool = False,
+    ) -> list[tuple[int, bytes]]:
+        """Of each update, or the newest, whose record is whole: its number, `count` bytes of it."""
+        size = self._quantities[name].size
         if self._salvaged is None and self._database is not None:
             # `substr` reads a record up to what it takes; type and length are told without.
             part = "substr(array, :start + 1, :count)" if count else "x''"
             query = (
-                f'SELECT "update", length(array), {part} FROM record WHERE quantity = :name '
+                f'SELECT "update", {part} FROM record WHERE quantity = :name '
                 'AND "update" BETWEEN :since AND :until AND typeof("update") = \'integer\' '
-                "AND typeof(array) = 'blob' "
-                'ORDER BY "update"'
+                "AND typeof(array) = 'blob' AND length(array) = :size "
+                f'ORDER BY "update" {"DESC LIMIT 1" if newest else ""}'
             )
             wanted = {"name": name, "start": start, "count": count, "since": since, "until": until}
             try:
-                return iter(self._database.execute(query, wanted).fetchall())
+                return list(self._no_more_than_there_is(query, wanted | {"size": size}))
             except sqlite3.DatabaseError as error:
                 self._salvage(str(error))
         whole = (self._salvaged or {}).get(name, {})
-        return (
-            (update, len(data), data[start : start + count])
+        return [
+            (update, data[start : start + count])
             for update, data in sorted(whole.items())
-            if since <= update <= until
-        )
+            if since <= update <= until and len(data) == size
+        ]
+
+    def _no_more_than_there_is(
+        self, query: str, wanted: Mapping[str, object]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Rows that end with bytes; pages that are used again and again could go on for ever."""
+        assert self._database is not None
+        left: int | None = None
+        for row in self._database.execute(query, wanted):
+            if left is None:  # not before: what is written meanwhile is in none of these rows
+                files = (_status(self.path / f"{RECORDS_FILE}{end}") for end in ("", "-wal"))
+                left = sum(status.st_size for status in files if status is not None)
+            left -= len(row[-1]) if isinstance(row[-1], bytes) else 0
+            if left < 0:
+                raise sqlite3.DatabaseError("its records are larger than the file")
+            yield row
 
     def _salvage(self, cause: str) -> None:
         """Read the records in the order they were written, up to the first that is damaged."""
         whole: dict[str, dict[int, bytes]] = {}
         last = -1
-        assert self._database is not None
+        query = 'SELECT quantity, "update", array FROM record NOT INDEXED ORDER BY rowid'
         try:
-            for name, update, data in self._database.execute(
-                'SELECT quantity, "update", array FROM record NOT INDEXED ORDER BY rowid'
-            ):
+            for name, update, data in self._no_more_than_there_is(query, {}):
                 if not (isinstance(update, int) and isinstance(data, bytes)):
                     raise sqlite3.DatabaseError("a record without content")
                 whole.setdefault(name, {})[update] = data

@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 from filelock import FileLock, Timeout
 
+from gradlab.axes import misfit
 from gradlab.checks import Failed, UsageError
 from gradlab.quantity import Quantity
 from gradlab.sinks.record import Record
@@ -26,6 +27,8 @@ SCHEMA = 1
 RUN_FILE = "run.json"
 RECORDS_FILE = "records.sqlite"
 LOCK_FILE = "lock"
+LARGEST_INFO = 10_000_000
+"""Bytes of run.json, and of all that describes quantities; a training's have some thousands."""
 
 # A reader takes records from tables that were made so, and from no others.
 TABLES = """
@@ -77,7 +80,7 @@ OURS = _ours()
 def _known(file: Path) -> dict[str, Any]:
     """What run.json says, nothing if it is damaged."""
     try:
-        info = json.loads(file.read_bytes())
+        info = json.loads(read_at_most(file, LARGEST_INFO))
     except (ValueError, RecursionError):
         return {}
     return info if isinstance(info, dict) else {}
@@ -143,6 +146,32 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_at_most(path: Path, most: int) -> bytes:
+    """Read a file that somebody may have sent, as far as there is one.
+
+    Args:
+        path: The file.
+        most: The most bytes that it may have.
+
+    Returns:
+        Its content.
+
+    Raises:
+        OSError: If it can't be read, as a link, which is not followed.
+        ValueError: If it is no file, or larger. What has a size without taking it up on the disk,
+            which any size can be written of in no time, is larger than anything.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("no file")
+        # File systems that compress, or keep small files elsewhere, take less than the size, too.
+        if status.st_size > most or 512 * 100 * status.st_blocks + 10**8 < status.st_size:
+            raise ValueError("too large")
+        return file.read(status.st_size)
 
 
 def is_run(path: Path) -> bool:
@@ -345,7 +374,8 @@ class RunWriter:
                 are kept. A quantity's axes, labels and type are those of its first record.
 
         Raises:
-            UsageError: If a quantity's axes or labels differ from those of its first record.
+            UsageError: If a quantity's axes or labels differ from those of its first record, or
+                from those that gradlab itself records under its name.
             NotWritten: If the disk refuses; then nothing of this update is recorded.
         """
         quantities = {
@@ -421,6 +451,9 @@ class RunWriter:
                     f"{coordinates}, first recorded with {known_coordinates}."
                 )
             return
+        wrong = misfit(name, coordinates)
+        if wrong is not None:
+            raise UsageError(f"`{name}` has {wrong}. Record it under another name.")
         dtype = quantity.values.dtype.newbyteorder("<")
         row = (
             name,

@@ -55,6 +55,10 @@ SQL = st.sampled_from([
     "UPDATE quantity SET dims = '[]', coordinates = '{}'",
     "UPDATE quantity SET name = name || ' '",
 ])
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{','.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(12)
+)
+"""Thirteen lines of YAML that stand for billions of values."""
 COLUMNS = ("name", "dims", "coordinates", "dtype", "unit", "estimator")
 
 

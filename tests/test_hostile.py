@@ -203,15 +203,10 @@ def test_a_run_brings_no_code_of_its_own(tmp_path, monkeypatch):
                 train_run(TrainConfig(env=env), tmp_path / "new")
 
 
-BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
-    f"{chr(98 + n)}: &{chr(98 + n)} [{','.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(12)
-)
-
-
 @pytest.mark.parametrize(
     "text",
     [
-        BOMB,
+        hostile.BOMB,
         "[" * 1000,
         "seed: 2001-99-99",
         "seed: !!int x",

@@ -14,11 +14,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from gradlab.checks import UsageError
-from gradlab.run_writer import RunWriter, sync, write_atomically, writing
+from gradlab.run_writer import RunWriter, read_at_most, sync, write_atomically, writing
 
 SCHEMA = 2
 FOLDER = "checkpoints"
 KEPT = 2
+_LARGEST = 10**12  # bytes, that have to be on the disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,7 @@ def _read(stem: Path) -> Checkpoint:
         raise ValueError(f"{links[0]} is a link to elsewhere")
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{missing[0]} is missing")
-    head_bytes, data = (file.read_bytes() for file in files)
+    head_bytes, data = (read_at_most(file, _LARGEST) for file in files)
     head = json.loads(head_bytes)
     if not isinstance(head, dict):
         raise ValueError("its .json file holds no object")

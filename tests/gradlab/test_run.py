@@ -1,4 +1,5 @@
 import json
+import os
 import sqlite3
 import tracemalloc
 from contextlib import closing
@@ -139,3 +140,58 @@ def test_folded_rows_keep_distances():
     kept = torch.pdist(folded) / torch.pdist(rows)
     assert (kept - 1).abs().max() < 4 * 0.5 * (2 / SKETCH_SIZE) ** 0.5
     torch.testing.assert_close(sketch(rows[:2] - rows[2:4]), folded[:2] - folded[2:4])
+
+
+def test_some_updates_are_read_and_the_newest_is_known(tmp_path):
+    with RunWriter(tmp_path / "r") as writer:
+        for update in range(0, 20, 2):
+            values = {"a": xr.DataArray(float(update))}
+            writer.write(update, values | ({"b": xr.DataArray(1.0)} if update < 5 else {}))
+    run = open_run(tmp_path / "r")
+    assert (run.newest("a"), run.newest("b")) == (18, 4)
+    assert run.updates("a", since=11) == [12, 14, 16, 18]
+    found = run.quantity("a", at=[2, 3, 16])
+    assert found["update"].values.tolist() == found.values.tolist() == [2, 16]
+    assert run.quantity("a", at=[]).sizes["update"] == 0
+
+
+def test_a_record_that_is_not_whole_is_not_the_newest(tmp_path):
+    with RunWriter(tmp_path / "r") as writer:
+        for update in range(3):
+            writer.write(update, {"a": xr.DataArray(np.arange(3.0), dims="x")})
+    with closing(sqlite3.connect(tmp_path / "r" / "records.sqlite", isolation_level=None)) as d:
+        d.execute('UPDATE record SET array = substr(array, 2) WHERE "update" = 2')
+    assert open_run(tmp_path / "r").newest("a") == 1
+    with closing(sqlite3.connect(tmp_path / "r" / "records.sqlite", isolation_level=None)) as d:
+        d.execute("UPDATE record SET array = x''")
+    assert open_run(tmp_path / "r").newest("a") is None
+
+
+def test_records_that_are_more_than_their_file_holds_are_not_gone_on_reading(tmp_path, monkeypatch):
+    with RunWriter(tmp_path / "r") as writer:
+        for update in range(9):
+            writer.write(update, {"a": xr.DataArray(np.zeros(1000), dims="x")})
+    run = open_run(tmp_path / "r")
+    assert run.quantity("a").sizes["update"] == 9
+    status = os.stat_result((0,) * 6 + (20_000, 0, 0, 0))
+    monkeypatch.setattr("gradlab.run._status", lambda file: status if file.suffix else None)
+    assert run.quantity("a").sizes["update"] < 9
+    assert "its records are larger than the file" in run.problems[-1]
+
+
+def test_a_quantity_of_gradlabs_name_and_other_axes_is_passed_over(tmp_path):
+    pair = {"agent": [0, 1], "agent_other": [0, 1]}
+    right = xr.DataArray(np.ones((2, 2)), dims=tuple(pair), coords=pair)
+    with RunWriter(tmp_path / "r") as writer:
+        writer.write(0, {"behavioural_distance": right, "snd": xr.DataArray(1.0)})
+        for wrong in (right.rename(agent="row"), right.assign_coords(agent_other=[1, 2])):
+            with pytest.raises(UsageError, match=r"`behavioural_distance_low` has .* another name"):
+                writer.write(1, {"behavioural_distance_low": wrong})
+    with closing(sqlite3.connect(tmp_path / "r" / "records.sqlite", isolation_level=None)) as d:
+        d.execute("UPDATE quantity SET name = 'cosine' WHERE name = 'behavioural_distance'")
+    run = open_run(tmp_path / "r")
+    assert run.quantities == ("snd",)
+    assert run.problems[1:] == [
+        "cosine has axes ('agent', 'agent_other') where gradlab records ('network', 'space', "
+        "'layer', 'agent', 'agent_other'): it is passed over"
+    ]
