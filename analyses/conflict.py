@@ -38,26 +38,33 @@ class _Newest:
     """A network's and layer's figures at a run's newest diagnosed update."""
 
     def __init__(self, run: Run, network: str, layer: str) -> None:
-        if "cosine" not in run.quantities or run.quantity("cosine").sizes["update"] == 0:
+        newest = run.newest("cosine") if "cosine" in run.quantities else None
+        if newest is None:
             raise UsageError(
                 f"{run.path} has no recorded diagnostics. Train it with --diagnostics light or "
                 "full."
             )
-        cosine = run.quantity("cosine")
-        check_name("network", network, cosine.network.values.tolist())
-        check_name("layer", layer, cosine.layer.values.tolist())
-        self.update = int(cosine["update"][-1])
-        self.agents = cosine.sizes["agent"]
+        axes = run.axes("cosine")
+        check_name("network", network, axes["network"])
+        check_name("layer", layer, axes["layer"])
+        self.update = newest
+        self.agents = len(axes["agent"])
         self._run = run
         self._where = {"network": network, "layer": layer}
 
     def __call__(self, quantity: str, **where: object) -> xr.DataArray | None:
-        """A quantity there; None if it was not recorded."""
-        if quantity not in self._run.quantities:
+        """A quantity where it was recorded last; None if it was not."""
+        found = newest_record(self._run, quantity)
+        if found is None:
             return None
-        found = self._run.quantity(quantity)
         where = {axis: label for axis, label in (self._where | where).items() if axis in found.dims}
-        return found.isel(update=-1).sel(where)
+        for axis, label in where.items():
+            known = found[axis].to_numpy().tolist()
+            if label not in known:
+                raise unknown_name(
+                    f"{axis} of {quantity} in {self._run.path}", label, map(str, known)
+                )
+        return found.sel(where)
 
     def number(self, quantity: str, **where: object) -> float:
         """A single number there; NaN if it was not recorded."""
@@ -189,14 +196,14 @@ _SCHEMES = {
 
 def _samples(run: Run, network: str) -> str:
     """How many of each agent's samples, of a rollout or replay, the newest diagnosis looked at."""
-    if "samples" not in run.quantities:
+    newest = newest_record(run, "samples")
+    if newest is None:
         return "-"
-    newest = run.quantity("samples").isel(update=-1)
     kept = int(newest.sel(network=network).min())
     recurrent = run.config.get("network", {}).get("memory", "none") != "none"
     total = run.config.get("copies", 0) * (1 if recurrent else run.config.get("steps", 0))
     if "replay_frames" in run.quantities:
-        total = int(run.quantity("replay_frames").sel(update=newest["update"]))
+        total = int(run.quantity("replay_frames", at=[int(newest["update"])])[0])
     return f"{kept:,} of {total:,}" if total else f"{kept:,}"
 
 
@@ -225,6 +232,20 @@ def check_name(kind: str, name: str, known: Sequence[str]) -> None:
         raise unknown_name(kind, name, known)
 
 
+def newest_record(run: Run, quantity: str) -> xr.DataArray | None:
+    """Read a quantity's last record, however long the run.
+
+    Args:
+        run: A run.
+        quantity: The quantity's name.
+
+    Returns:
+        The quantity without its axis `update`, which is a coordinate; None if there is no record.
+    """
+    update = run.newest(quantity) if quantity in run.quantities else None
+    return None if update is None else run.quantity(quantity, at=[update])[0]
+
+
 def quantity_table(runs: Sequence[Run], quantity: str, where: Mapping[str, str]) -> pd.DataFrame:
     """One recorded quantity of each run at its newest diagnosed update, in long form.
 
@@ -241,10 +262,11 @@ def quantity_table(runs: Sequence[Run], quantity: str, where: Mapping[str, str])
     """
     parts = []
     for run in runs:
-        array = run.quantity(quantity)
-        if array.sizes["update"] == 0:
+        run.axes(quantity)  # which says if it has none of that name
+        last = newest_record(run, quantity)
+        if last is None:
             raise UsageError(f"{run.path} has no record of {quantity} yet. Wait, or train on.")
-        last = array.isel(update=-1)
+        update = int(last["update"])
         for axis, label in where.items():
             if axis in last.dims:
                 check_name(axis, label, [str(known) for known in last[axis].values])
@@ -252,7 +274,7 @@ def quantity_table(runs: Sequence[Run], quantity: str, where: Mapping[str, str])
         part = last.to_series().rename(quantity).reset_index() if last.dims else None
         if part is None:
             part = pd.DataFrame({quantity: [float(last)]})
-        part.insert(0, "update", int(array["update"][-1]))
+        part.insert(0, "update", update)
         part.insert(0, "run", run.name)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)

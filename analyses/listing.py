@@ -39,7 +39,8 @@ def last_number(run: Run, quantity: str) -> float:
     if quantity not in run.quantities or run.axes(quantity):
         return float("nan")
     # The end first: a long training has thousands of records.
-    for since in (*run.updates(quantity)[-50:][:1], 0):
+    newest = run.newest(quantity)
+    for since in () if newest is None else (max(newest - 50, 0), 0):
         values = run.quantity(quantity, since=since).to_numpy()
         known = values[~np.isnan(values)]
         if known.size:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def _of(of: RunTables, choices: Choices) -> Line | None:
 
 def _by_what_matters(runs: Runs, draw: Draw, *more: str) -> Draw:
     """Draw once for all values of choices that the chosen quantity has no axis for."""
-    kept = cache(draw)
+    kept = lru_cache(maxsize=64)(draw)
 
     def of_relevant(choices: Choices) -> Figure:
         arrays = [of.array(choices.quantity) for of in runs.values()]

@@ -28,7 +28,7 @@ def embedding(of: RunTables, network: str) -> xr.DataArray | None:
     name = f"embedding_{network}"
 
     def find() -> xr.DataArray | None:
-        array = of.array(name, "agent", "feature")
+        array = of.array(name)
         if array is None or array.sizes["agent"] != len(of.agents):
             return None
         return array.sel(update=evenly_spaced(of.updates(name), _MOST))

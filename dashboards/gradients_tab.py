@@ -311,7 +311,7 @@ def _minibatch_panel(runs: Runs) -> Panel:
     def draw(choices: Choices) -> Figure:
         of = runs[choices.run]
         where = {"network": choices.network, "layer": choices.layer}
-        array = of.array("variance_minibatch", "network", "layer", "minibatches", "agent")
+        array = of.array("variance_minibatch")
         if array is None:
             return nothing(NOT_RECORDED)
         lines = []

@@ -503,7 +503,7 @@ def _layers_panel(runs: Runs) -> Panel:
         quantity = "conflict_rate" if judged else "mean_cosine"
         values = of.values(quantity, network=choices.network, space=choices.space)
         array = of.array(quantity)
-        if values is None or array is None or values.ndim != 2:
+        if values is None or array is None:
             return nothing(NOT_RECORDED)
         layers = [str(layer) for layer in array["layer"].to_numpy()]
         updates = array["update"].to_numpy()

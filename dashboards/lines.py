@@ -255,7 +255,7 @@ def cursor(tables: Callable[[Choices], Sequence[RunTables]], *, of_run: bool = F
     """
 
     def draw(choices: Choices) -> Figure:
-        places = {of.frames.get(choices.update) for of in tables(choices)} - {None}
+        places = {float(of.frames_at(np.array([choices.update]))[0]) for of in tables(choices)}
         return {
             "layout": {
                 "shapes": [
@@ -268,7 +268,7 @@ def cursor(tables: Callable[[Choices], Sequence[RunTables]], *, of_run: bool = F
                         "y1": 1,
                         "line": {"color": QUIET, "width": 1},
                     }
-                    for x in sorted(int(place) for place in places if place is not None)
+                    for x in sorted(int(place) for place in places if np.isfinite(place))
                 ]
             }
         }
@@ -286,8 +286,7 @@ def thinned(tables: Sequence[RunTables], quantity: str) -> str:
     Returns:
         A sentence with a space in front, or nothing.
     """
-    arrays = [of.array(quantity) for of in tables]
-    most = max((a.sizes["update"] for a in arrays if a is not None), default=0)
+    most = max((of.count(quantity) for of in tables), default=0)
     limit = min((of.limits.points for of in tables), default=most)
     return f" {limit} of up to {most} updates are drawn." if most > limit else ""
 

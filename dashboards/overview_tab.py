@@ -112,7 +112,7 @@ def returns(of: RunTables) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         Updates, frames, and mean returns of the episodes that ended.
     """
     values, array = of.values("episode_return"), of.array("episode_return")
-    if values is None or array is None or values.ndim != 1:
+    if values is None or array is None:
         return np.empty(0, int), np.empty(0), np.empty(0)
     known = ~np.isnan(values)
     updates = array["update"].to_numpy()[known]
@@ -208,11 +208,11 @@ def updates_at(of: RunTables, frames: np.ndarray) -> np.ndarray:
     Returns:
         For each the first update that had at least so many frames, NaN if none is known.
     """
-    known = np.array(sorted(of.frames.items()), dtype=float).reshape(-1, 2)
+    updates, known = of.frames
     if not len(known):
         return np.full(len(frames), np.nan)
-    places = np.minimum(np.searchsorted(known[:, 1], frames), len(known) - 1)
-    return np.asarray(known[places, 0])
+    places = np.minimum(np.searchsorted(known, frames), len(known) - 1)
+    return np.asarray(updates[places], dtype=float)
 
 
 def _multiples_panel(runs: Runs) -> Panel:

@@ -15,7 +15,7 @@ from dashboards.frames import packed
 from dashboards.panel import Panel, Tab
 from dashboards.run_table import problem_list, table_columns, table_rows
 from dashboards.style import THEMES, template
-from dashboards.tables import Limits
+from dashboards.tables import DATED, Limits
 from dashboards.text import elide, for_html, json_island
 from dashboards.view import View
 from gradlab.run import Run
@@ -218,8 +218,9 @@ def thinning(view: View) -> str:
     """
     said = []
     for name, of in view.runs.items():
-        if len(of.stops) < len(of.recorded):
-            said.append(f"{len(of.stops)} of {len(of.recorded):,} of {elide(name)}")
+        recorded = max(len(of.recorded), *map(of.count, DATED))
+        if len(of.stops) < recorded:
+            said.append(f"{len(of.stops):,} of {recorded:,} of {elide(name)}")
     if not said:
         return ""
     more = f" and {len(said) - 6} more runs" if len(said) > 6 else ""

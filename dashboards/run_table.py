@@ -62,7 +62,7 @@ def table_rows(runs: Mapping[str, RunTables]) -> str:
             "evaluation return": _number(last_number(run, "evaluation_return")),
             "state": run.state,
             "seed": run.info.get("seed", "unknown"),
-            "in words": headline(run),
+            "in words": headline(run, read=of.array),
         }
         html = "".join(
             f"<td{_class(name)}>{_swatch(of.mark) if name == 'run' else ''}{for_html(value)}</td>"

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 import numpy as np
 import xarray as xr
 
-from analyses.curves import evenly_spaced, frames_by_update
+from analyses.curves import evenly_spaced
 from analyses.groups import agent_returns, goals, kinds
 from analyses.similarity import clusters
 from dashboards.colours import Mark, agent_marks
-from dashboards.on_demand import on_demand, size
 from dashboards.panel import earlier
 from dashboards.text import agent_names
+from dashboards.thinned import Thinned, read_thinned
 from gradlab.run import Run
 
 T = TypeVar("T")
@@ -26,6 +26,7 @@ class Limits:
 
     Attributes:
         updates: The most updates that the slider stops at.
+        read: The most updates at which a quantity is read: see `dashboards.thinned`.
         cells: The most cells of a run's matrices, over all of its stops; at least 8 stops stay.
         points: The most points of a line.
         history: The most numbers of all pairs' histories.
@@ -33,6 +34,7 @@ class Limits:
     """
 
     updates: int = 1_000_000
+    read: int = 10**12
     cells: int = 10**12
     points: int = 1000
     history: int = 10**12
@@ -40,9 +42,12 @@ class Limits:
 
 
 ALL = Limits()
-"""For a page that asks for one figure at a time."""
+"""For a notebook, which asks for one figure at a time."""
 
-_DATED = ("cosine", "embedding_actor", "embedding_critic", "snd")
+_CLOCK = "frames"  # of which all is read: it places all else in time
+MOST_AGENTS = 1000  # all pairs of which can be chosen from
+DATED = ("cosine", "embedding_actor", "embedding_critic", "snd")
+"""Quantities whose updates the slider stops at."""
 
 
 class RunTables:
@@ -68,33 +73,33 @@ class RunTables:
         self.run = run
         self.mark = mark
         self.limits = limits
-        self._arrays: dict[str, xr.DataArray | None] = {}
-        self._on_demand: set[str] = set()
-        self._before = before._arrays if before is not None else {}
+        self._read: dict[str, Thinned] = {}
+        # Given away by a table that is not read any more, and by this one as it is read again:
+        # else all that is held would be held twice.
+        self._before = before._read if before is not None else {}
         self._places: dict[str, dict[str, dict[Any, int]]] = {}
         self._kept: dict[object, Any] = {}
 
-    def array(self, quantity: str, *dims: str) -> xr.DataArray | None:
-        """Read a quantity if it was recorded as expected.
+    def array(self, quantity: str) -> xr.DataArray | None:
+        """Read a quantity at the updates that are looked at.
 
         Args:
             quantity: Its name.
-            *dims: The axes after `update` that are asked for; none: any.
 
         Returns:
-            The quantity, or None if it is missing, empty, or has other axes (which is noted in the
-            run's problems). One that is large is read when, and as far as, it is looked at.
+            The quantity, whose axes are those of `gradlab.axes` if its name is there; None if it is
+            missing or empty. One that is large is read when, and as far as, it is looked at.
         """
-        if quantity not in self._arrays:
-            array = self._read(quantity) if quantity in self.run.quantities else None
-            self._arrays[quantity] = array if array is not None and array.size else None
-        array = self._arrays[quantity]
-        if array is not None and dims and array.dims != ("update", *dims):
-            problem = f"{quantity} has axes {array.dims}, expected {('update', *dims)}"
-            if f"{problem}: it is not shown" not in self.run.problems:
-                self.run.problems.append(f"{problem}: it is not shown")
+        if quantity not in self.run.quantities:
             return None
-        return array
+        agents = len(self.run.axes(quantity).get("agent", ()))
+        if agents > MOST_AGENTS:
+            problem = f"{quantity} is of {agents:,} agents: at most {MOST_AGENTS:,} can be shown"
+            if problem not in self.run.problems:
+                self.run.problems.append(problem)
+            return None
+        array = self._known(quantity).array
+        return array if array.size else None
 
     def values(self, quantity: str, **where: object) -> np.ndarray | None:
         """Look numbers up by label.
@@ -113,31 +118,44 @@ class RunTables:
         if quantity not in self._places:
             self._places[quantity] = {
                 str(dim): {label: n for n, label in enumerate(array[dim].to_numpy().tolist())}
-                for dim in array.dims
+                for dim in array.dims[1:]
             }
         places = self._places[quantity]
-        if not where.keys() <= places.keys():
+        if not where.keys() <= {"update", *places}:
             return None
-        at = {dim: places[dim].get(label, -1) for dim, label in where.items()}
+        at = {dim: places[dim].get(label, -1) for dim, label in where.items() if dim != "update"}
+        if "update" in where:
+            at["update"] = _place(array["update"].to_numpy(), where["update"])
         if -1 in at.values():
             return None
-        if quantity in self._on_demand:
+        if not self._read[quantity].held:
             return np.asarray(array.isel(at).to_numpy())
         # A tenth of what xarray takes for the same, and a page asks for thousands.
-        return np.asarray(array.to_numpy()[tuple(at.get(dim, slice(None)) for dim in places)])
+        return np.asarray(
+            array.to_numpy()[tuple(at.get(dim, slice(None)) for dim in ("update", *places))]
+        )
 
-    def _read(self, quantity: str) -> xr.DataArray:
-        if size(self.run, quantity) > self.limits.held:
-            self._on_demand.add(quantity)
-            return on_demand(self.run, quantity)
-        before = self._before.get(quantity)
-        if before is None or {dim: before[dim].to_numpy().tolist() for dim in before.dims[1:]} != (
-            self.run.axes(quantity)
-        ):
-            return self.run.quantity(quantity)
-        old = before["update"].to_numpy()
-        new = self.run.quantity(quantity, since=int(old[-1]) + 1)
-        return xr.concat([before, new], "update") if new.size else before
+    def count(self, quantity: str) -> int:
+        """Count a quantity's records.
+
+        Args:
+            quantity: Its name.
+
+        Returns:
+            At how many updates it was recorded, read or not; 0 if there is no such quantity.
+        """
+        return self._known(quantity).count if quantity in self.run.quantities else 0
+
+    def _known(self, quantity: str) -> Thinned:
+        if quantity not in self._read:
+            self._read[quantity] = read_thinned(
+                self.run,
+                quantity,
+                most=10**12 if quantity == _CLOCK else self.limits.read,
+                held=10**12 if quantity == _CLOCK else self.limits.held,
+                before=self._before.pop(quantity, None),
+            )
+        return self._read[quantity]
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """Compute something once.
@@ -158,7 +176,7 @@ class RunTables:
     def agents(self) -> list[Mark]:
         """The agents' names and colours."""
         counted = self.run.info.get("agents")
-        count = counted if isinstance(counted, int) and 0 < counted < 100_000 else 0
+        count = counted if isinstance(counted, int) and 0 < counted <= MOST_AGENTS else 0
         for name in ("cosine", *(f"embedding_{n}" for n in ("actor", "critic"))):
             array = self.array(name)
             if array is not None and "agent" in array.dims:
@@ -209,7 +227,7 @@ class RunTables:
     @cached_property
     def recorded(self) -> list[int]:
         """The updates at which something was diagnosed."""
-        arrays = [self.array(name) for name in _DATED]
+        arrays = [self.array(name) for name in DATED]
         return sorted({
             int(update) for a in arrays if a is not None for update in a["update"].to_numpy()
         })
@@ -242,10 +260,14 @@ class RunTables:
         return self.once(("updates", quantity), find)
 
     @cached_property
-    def frames(self) -> dict[int, float]:
-        """Cumulative environment frames at the end of each update, where they are known."""
-        known = frames_by_update(self.run).dropna()
-        return {int(update): float(frames) for update, frames in known.items()}  # type: ignore[call-overload]
+    def frames(self) -> tuple[np.ndarray, np.ndarray]:
+        """Updates whose frames are known, and the cumulative environment frames at their ends."""
+        array = self.array(_CLOCK)
+        if array is None:
+            return np.empty(0, np.int64), np.empty(0)
+        frames = array.to_numpy().astype(float)
+        known = np.isfinite(frames)
+        return array["update"].to_numpy()[known], frames[known]
 
     def frames_at(self, updates: np.ndarray) -> np.ndarray:
         """Look frames up.
@@ -256,7 +278,17 @@ class RunTables:
         Returns:
             Their frames, NaN where they are not known.
         """
-        return np.array([self.frames.get(int(u), np.nan) for u in updates], dtype=float)
+        known, frames = self.frames
+        if not len(known):
+            return np.full(len(updates), np.nan)
+        places = np.searchsorted(known, updates).clip(max=len(known) - 1)
+        return np.where(known[places] == updates, frames[places], np.nan)
+
+
+def _place(updates: np.ndarray, wanted: object) -> int:
+    """Where an update stands among others; -1 if it does not."""
+    place = int(np.searchsorted(updates, int(wanted)))  # type: ignore[call-overload]
+    return place if place < len(updates) and updates[place] == wanted else -1
 
 
 def _always(labels: T, update: int) -> T:  # noqa: ARG001 -- of no update in particular

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
+
 from dashboards.behaviour_tab import behaviour_tab
 from dashboards.choices import Choices
 from dashboards.colours import Mark, run_marks
@@ -131,7 +133,7 @@ class View:
         found: dict[str, None] = {}
         for of in self.runs.values():
             for name in of.run.quantities:
-                if set(of.run.axes(name)) <= _SCALAR and of.run.updates(name):
+                if set(of.run.axes(name)) <= _SCALAR and of.run.newest(name) is not None:
                     found[name] = None
         return sorted(found, key=_first) or ["episode_return"]
 
@@ -153,7 +155,8 @@ class View:
             E.g. "update 20 of 100 · 42,000 frames".
         """
         last = max([update, *(stop for of in self.runs.values() for stop in of.stops[-1:])])
-        known = sorted({int(of.frames[update]) for of in self.runs.values() if update in of.frames})
+        found = [of.frames_at(np.array([update]))[0] for of in self.runs.values()]
+        known = sorted({int(frames) for frames in found if np.isfinite(frames)})
         span = " to ".join(f"{frames:,}" for frames in dict.fromkeys([*known[:1], *known[-1:]]))
         return f"update {update} of {last}" + (f" · {span} frames" if known else "")
 

@@ -13,6 +13,7 @@ from dashboards.live.runs import RunIndex
 from dashboards.page import page_body, page_data
 from dashboards.panel import Figure, Part
 from dashboards.style import nothing
+from dashboards.tables import Limits
 from dashboards.view import View
 from gradlab.checks import UsageError
 from gradlab.run import Run
@@ -20,7 +21,9 @@ from gradlab.run_writer import RECORDS_FILE
 
 _FRESH = 0.4  # seconds for which a look at the run folders serves all who ask
 _ABOVE = '<nav class="nav"><a href="/">All runs</a></nav>'
-_KEPT = 4000  # figures' parts, of some kilobytes each
+_KEPT = 32_000_000  # characters of figures' parts
+LIVE = Limits(updates=2000, read=2000)
+"""However long a run grows, as much of it is read, kept and drawn again with each update."""
 
 
 class Watched:
@@ -45,9 +48,10 @@ class Watched:
         self._runs = [index.open(name) for name in names]
         self._files = [_identity(run) for run in self._runs]
         self._versions = [run.version() for run in self._runs]
-        self._view = View(self._runs)
+        self._view = View(self._runs, LIVE)
         self._looked = time.monotonic()
         self._drawn: OrderedDict[object, str] = OrderedDict()
+        self._size = 0
         self._page = ""
         self.generation = 0
 
@@ -105,14 +109,16 @@ class Watched:
                 key = (name, number, *(getattr(at, depends) for depends in part.depends))
                 if key not in self._drawn:
                     dated = "update" in part.depends and part.updates and part.updates(choices)
-                    self._drawn[key] = _json({
+                    text = _json({
                         "figure": _drawn(part, at, whole=number == 0),
                         "update": at.update if dated else None,
                     })
-                    if len(self._drawn) > _KEPT:
-                        self._drawn.popitem(last=False)
+                    self._drawn[key] = text
+                    self._size += len(text)
                 self._drawn.move_to_end(key)
                 texts.append(self._drawn[key])
+            while self._size > _KEPT:
+                self._size -= len(self._drawn.popitem(last=False)[1])
             return texts
 
     def _look(self) -> None:
@@ -132,8 +138,9 @@ class Watched:
             self._versions[number] = run.version()
             changed = True
         if changed:
-            self._view = View(self._runs, before=before)
+            self._view = View(self._runs, LIVE, before)
             self._drawn.clear()
+            self._size = 0
             self._page = ""
             self.generation += 1
 

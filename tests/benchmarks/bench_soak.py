@@ -1,9 +1,10 @@
-"""A long training, every update diagnosed, a browser following it: does anything grow?
+"""A long training, every update diagnosed, its dashboard followed: does anything grow?
 
-`gradlab train` and `gradlab dashboard --serve` as a user starts them, and Chromium on the served
-page from the beginning to the end. Resident memory of trainer and server is read while they work;
-its slope is fitted to the second half of the updates. Then the run is opened, with 100,000 updates
-or as many as were done in `--minutes`, after which the training is asked to stop.
+`gradlab train` and `gradlab dashboard --serve` as a user starts them, and a reader that asks what
+an open page asks (`reader.py`; a browser would take most of a small machine) from the beginning to
+the end. Resident memory of trainer and server is read while they work; its slope is fitted to the
+second half of the updates. Then the run is opened, with 100,000 updates or as many as were done in
+`--minutes`, after which the training is asked to stop.
 
     python tests/benchmarks/bench_soak.py [--updates N] [--minutes M]
 """
@@ -22,14 +23,15 @@ from pathlib import Path
 import numpy as np
 from bench_dashboard import browsing, served
 from measure import resident, write
+from reader import PAUSE, Reader
 
 from gradlab.run import open_run
 
-COPIES, STEPS = 8, 4
+COPIES, STEPS = 8, 2
 GAME = {
     "method": "hypermarl",
     "env": "specialisation",
-    "agents": 3,
+    "agents": 2,
     "copies": COPIES,
     "steps": STEPS,
     "every": 1,
@@ -51,7 +53,11 @@ def newest(records):
 
 
 def soak(folder, updates, minutes):
-    """Train until all is done or the time is up; rows of seconds, update and resident MiB."""
+    """Train until all is done or the time is up.
+
+    Returns:
+        How many updates were done; rows of seconds, update and resident MiB; how it was followed.
+    """
     command = [sys.executable, "-m", "gradlab", "train", "--out", str(folder)]
     for name, value in (GAME | {"frames": updates * COPIES * STEPS}).items():
         command += [f"--{name}", str(value)]
@@ -61,12 +67,13 @@ def soak(folder, updates, minutes):
     while trainer.poll() is None and not (records.exists() and (folder / "run.json").exists()):
         time.sleep(0.1)
     rows = []
-    with served(folder) as (address, server), browsing() as page:
-        page.goto(f"{address}#tab=interference")
-        page.wait_for_selector("html[data-ready=yes]")
+    with served(folder) as (address, server):
+        reader = Reader(address)
+        reader.open()
         asked = False
         while trainer.poll() is None:
-            time.sleep(1)
+            time.sleep(PAUSE)
+            reader.look()
             if not (asked or (spent := time.perf_counter() - began) < 60 * minutes):
                 trainer.send_signal(signal.SIGINT)  # it ends the update and saves
                 asked = True
@@ -78,14 +85,11 @@ def soak(folder, updates, minutes):
                 continue
             rows.append({"seconds": spent, "update": newest(records), "MiB": memory})
         done = newest(records)
-        shown = f"update {done}"
-        page.wait_for_function(_SHOWN, arg=shown, polling=100)  # the browser has kept up
+        time.sleep(PAUSE)
+        assert reader.look() == done  # the page has kept up
     assert trainer.returncode == (130 if asked else 0), trainer.returncode
-    return done + 1, rows
-
-
-_SHOWN = """text => document.documentElement.dataset.drawn === "yes"
-  && document.querySelector("#tabpanel-interference .badge").textContent.startsWith(text)"""
+    followed = {"pages": reader.pages, "slowest answer, s": round(reader.slowest, 2)}
+    return done + 1, rows, followed
 
 
 def grown(rows, name):
@@ -147,11 +151,12 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
-        done, rows = soak(folder, options.updates, options.minutes)
+        done, rows, followed = soak(folder, options.updates, options.minutes)
         found = {
             "limits": LIMITS,
             "updates": done,
             "minutes": round(rows[-1]["seconds"] / 60, 1),
+            "followed": followed,
             "resident MiB": {name: grown(rows, name) for name in ("trainer", "server")},
             "bytes per update": stored(folder),
             "seconds": opening(folder),

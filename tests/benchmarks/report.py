@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 from measure import RESULTS
 
@@ -479,11 +480,45 @@ def soak():
         rows.append((f"then: {what}", f"{seconds:.2f} s", limit))
     return (
         f"## A long run\n\n{found['updates']:,} updates of a small game in {found['minutes']:.0f} "
-        "minutes, each diagnosed in full, with a browser on the served dashboard from beginning to end, "
-        "which showed the last update when the training had stopped. Other work shared the machine. "
-        "Over few updates a slope does not tell what is filled once from what grows without end.\n\n"
-        + table(("what", "measured", "aim"), rows)
-        + provenance(record)
+        "minutes, each diagnosed in full, its served dashboard followed from beginning to end by what "
+        "asks as an open page does: it was told of something new "
+        f"{found['followed']['pages']:,} times, waited {found['followed']['slowest answer, s']:.2f} s "
+        "at most, and had the last update when the training had stopped. Other work shared the "
+        "machine. A slope over few updates does not tell what is filled once from what grows without "
+        "end.\n\n" + table(("what", "measured", "aim"), rows) + provenance(record)
+    )
+
+
+def browsers():
+    record = load("browsers")
+    found = record["rows"]
+    slowed, rounds = found["slowed by, %"], found["rounds"]
+    watched = [turn[str(found["readers"])] for turn in rounds]
+    alone = [turn["0"] for turn in rounds]
+    answered = sum(turn["readers"]["requests"] for turn in watched)
+    rows = [
+        (
+            "a training is slowed by, median of the rounds",
+            f"{slowed['median']:+.1f} %",
+            f"{found['limits']['slowed by, %']} %",
+        ),
+        ("the rounds", ", ".join(f"{percent:+.1f} %" for percent in slowed["rounds"]), ""),
+        ("requests, all answered", f"{answered:,}", ""),
+        ("slowest answer", f"{max(turn['readers']['slowest'] for turn in watched):.2f} s", ""),
+    ]
+    for name, turns, of in (
+        ("trainer, alone", alone, "trainer"),
+        ("trainer, watched", watched, "trainer"),
+        ("server, watched", watched, "server"),
+        ("the readers themselves", watched, "readers"),
+    ):
+        used = median(turn["CPU"][of] for turn in turns)
+        rows.append((f"cores in use: {name}", f"{used:.2f}", ""))
+    return (
+        f"## Many readers\n\nA training of {found['updates']} updates on one thread, one update in "
+        f"ten diagnosed, and the server of its run: with {found['readers']} readers and without, by "
+        "turns. A reader asks what an open page asks. They, the server and the trainer share two "
+        "cores.\n\n" + table(("what", "measured", "aim"), rows) + provenance(record)
     )
 
 
@@ -504,6 +539,7 @@ def main():
             + environments()
             + dashboard()
             + soak()
+            + browsers()
         ).rstrip("\n")
         + "\n"
     )

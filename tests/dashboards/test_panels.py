@@ -14,6 +14,7 @@ from dashboards.panel import Panel, Part, compose
 from dashboards.style import padded_range, template
 from dashboards.tables import Limits
 from dashboards.view import View
+from gradlab.axes import AXES
 from gradlab.checks import UsageError
 from gradlab.estimates import UNDECIDED
 from gradlab.run import open_run
@@ -390,6 +391,11 @@ def test_padded_range_of_nothing_and_of_one_value():
 def test_no_run_is_refused():
     with pytest.raises(UsageError, match="`runs` must name at least one run"):
         View([])
+
+
+def test_the_axes_of_all_that_is_recorded_are_known(trained):
+    found = {name: run.axes(name) for run in trained.values() for name in run.quantities}
+    assert {name: tuple(axes) for name, axes in found.items()} == {n: AXES[n] for n in found}
 
 
 def test_a_damaged_run_still_has_panels(trained, tmp_path):

@@ -7,8 +7,9 @@ import xarray as xr
 
 from dashboards.live.runs import RunIndex
 from dashboards.live.watch import Watched
-from dashboards.on_demand import on_demand, size
-from dashboards.page import LIMITS, page_html
+from dashboards.on_demand import on_demand
+from dashboards.page import page_html
+from dashboards.tables import Limits
 from gradlab.checks import UsageError
 from gradlab.run import Run, open_run
 from gradlab.run_writer import RunWriter
@@ -159,8 +160,7 @@ def test_a_large_quantity_reads_what_is_looked_at(tmp_path, monkeypatch):
             array = xr.DataArray(matrix, dims=tuple(labels), coords=labels)
             writer.write(5 * update, {"matrix": array})
     run = open_run(tmp_path / "r")
-    assert size(run, "matrix") == 8 * numbers.size
-    array, whole = on_demand(run, "matrix"), run.quantity("matrix")
+    array, whole = on_demand(run, "matrix", run.updates("matrix")), run.quantity("matrix")
     asked = []
     read = Run.quantity
 
@@ -183,7 +183,8 @@ def test_a_view_grows_with_its_run_and_reads_only_what_is_new(
     write_run, tmp_path, monkeypatch, kept
 ):
     monkeypatch.setattr("dashboards.live.watch._FRESH", -1)
-    monkeypatch.setattr("dashboards.tables.size", lambda *_: {"held": 0, "on demand": 10**9}[kept])
+    held = {"held": 10**9, "on demand": 0}[kept]
+    monkeypatch.setattr("dashboards.live.watch.LIVE", Limits(held=held))
     write_run(tmp_path / "whole", updates=8, every=1)
     write_run(tmp_path / "r", updates=4, every=1)
     watched = Watched(RunIndex([tmp_path / "r"]), ["r"])
@@ -197,14 +198,14 @@ def test_a_view_grows_with_its_run_and_reads_only_what_is_new(
     read = Run.quantity
 
     def counting(self, name, **what):
-        asked.append((name, what.get("since", 0)))
+        asked.append((name, what.get("at")))
         return read(self, name, **what)
 
     monkeypatch.setattr(Run, "quantity", counting)
     assert watched.refresh() == 1
     grown = watched.figures("update=7", parts)
     if kept == "held":
-        assert {since for name, since in asked if name == "episode_return"} == {4}
+        assert [at for name, at in asked if name == "episode_return"] == [[4, 5, 6, 7]]
     fresh = Watched(RunIndex([tmp_path / "r"]), ["r"])
     assert grown == fresh.figures("update=7", parts)
     assert all(new != old for new, old in zip(grown[:-2], first[:-2], strict=True))
@@ -212,7 +213,6 @@ def test_a_view_grows_with_its_run_and_reads_only_what_is_new(
 
 
 def test_a_page_keeps_what_it_reads(write_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dashboards.tables.size", lambda *_: LIMITS.held)
     asked = []
     read = Run.quantity
     monkeypatch.setattr(
