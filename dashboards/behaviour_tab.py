@@ -1,7 +1,6 @@
 """The tab of behaviour: whether agents act differently, and how it looks."""
 
 import base64
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import numpy as np
 from analyses.embeddings import mds_path
 from dashboards.choices import Choices
 from dashboards.embedding_planes import unit_axes
-from dashboards.interference_tab import agent_order, tree_figure
 from dashboards.lines import NOT_RECORDED, cursor, line, lines_figure
 from dashboards.matrices import matrix_figure, order_part, pair_part
 from dashboards.panel import Figure, Panel, Part, Tab
@@ -20,10 +18,9 @@ from dashboards.points import (
     colour_part,
     nearest_figure,
 )
+from dashboards.similar_agents import agent_order, tree_figure
 from dashboards.style import nothing
-from dashboards.tables import RunTables
-
-Runs = Mapping[str, RunTables]
+from dashboards.tables import Runs, RunTables
 
 _DISTANCE = "behavioural_distance"
 _SUFFIXES = {".gif": "image/gif", ".png": "image/png"}

@@ -14,7 +14,6 @@ from dashboards.choices import Choices
 from dashboards.colours import OKABE_ITO
 from dashboards.embedding_rows import (
     PARTS,
-    Runs,
     distances_of,
     embedding,
     meta_of,
@@ -33,7 +32,7 @@ from dashboards.points import (
     square,
 )
 from dashboards.style import QUIET, decimals, message, nothing, padded_range, rounded
-from dashboards.tables import RunTables
+from dashboards.tables import Runs, RunTables
 from dashboards.text import for_plotly
 
 TAIL = 12  # past positions in a trail

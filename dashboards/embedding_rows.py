@@ -1,6 +1,5 @@
 """What tells agents apart, as rows of numbers at the updates that are drawn."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,9 +7,8 @@ import xarray as xr
 
 from analyses.curves import evenly_spaced
 from dashboards.choices import Choices
-from dashboards.tables import RunTables
+from dashboards.tables import Runs, RunTables
 
-Runs = Mapping[str, RunTables]
 PARTS = ("run", "network", "update")
 _MOST = 200  # updates that a projection is fitted to
 

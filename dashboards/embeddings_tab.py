@@ -12,9 +12,8 @@ from dashboards.embedding_planes import (
     solid_panel,
     trajectories_panel,
 )
-from dashboards.embedding_rows import PARTS, Runs, distances_of, place_of, updates_of
-from dashboards.interference_tab import agent_order, cursor_of
-from dashboards.lines import NOT_RECORDED, line, lines_figure
+from dashboards.embedding_rows import PARTS, distances_of, place_of, updates_of
+from dashboards.lines import NOT_RECORDED, cursor_of, line, lines_figure
 from dashboards.matrices import matrix_figure, order_part, pair_part
 from dashboards.neighbour_maps import seeds_panel, tsne_panel, umap_panel
 from dashboards.panel import Figure, Panel, Part, Tab, earlier
@@ -22,8 +21,9 @@ from dashboards.points import (
     NEAREST,
     nearest_figure,
 )
+from dashboards.similar_agents import agent_order
 from dashboards.style import QUIET, decimals, message, nothing, rounded
-from dashboards.tables import RunTables
+from dashboards.tables import Runs, RunTables
 from gradlab.extras import installed
 
 COLOURS = ("agent", "kind", "goal", "behaviour cluster", "return")

@@ -1,6 +1,5 @@
 """The tab of J and Z: how large, how noisy and how far apart the gradients' two factors are."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,14 +7,11 @@ import numpy as np
 from analyses.noise import smoothed_noise_scale
 from dashboards.choices import Choices
 from dashboards.colours import OKABE_ITO, SEQUENTIAL, Mark
-from dashboards.interference_tab import cursor_of
-from dashboards.lines import NOT_RECORDED, Line, cursor, curve, line, lines_figure
+from dashboards.lines import NOT_RECORDED, Line, cursor, cursor_of, curve, line, lines_figure
 from dashboards.panel import Figure, Panel, Part, Tab
 from dashboards.style import decimals, nothing, whole
-from dashboards.tables import RunTables
+from dashboards.tables import Runs, RunTables
 from dashboards.text import for_plotly
-
-Runs = Mapping[str, RunTables]
 
 _LOG: dict[str, Any] = {"type": "log"}
 _PLACE = ("run", "network", "layer")

@@ -11,7 +11,7 @@ from dashboards.choices import Choices
 from dashboards.colours import Mark
 from dashboards.panel import Figure, Part
 from dashboards.style import FRAMES, QUIET, decades, horizontal, message, rounded, whole
-from dashboards.tables import RunTables
+from dashboards.tables import Runs, RunTables
 from dashboards.text import elide, for_plotly
 
 NOT_RECORDED = (
@@ -274,6 +274,18 @@ def cursor(tables: Callable[[Choices], Sequence[RunTables]], *, of_run: bool = F
         }
 
     return Part(depends=("run", "update") if of_run else ("update",), draw=draw)
+
+
+def cursor_of(runs: Runs) -> Part:
+    """Mark the slider's update in a panel of one run.
+
+    Args:
+        runs: The runs by name.
+
+    Returns:
+        A part for a panel over environment frames.
+    """
+    return cursor(lambda choices: [runs[choices.run]], of_run=True)
 
 
 def thinned(tables: Sequence[RunTables], quantity: str) -> str:

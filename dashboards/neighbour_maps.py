@@ -14,7 +14,7 @@ from analyses.embeddings import (
     umap,
 )
 from dashboards.choices import Choices
-from dashboards.embedding_rows import PARTS, Runs, embedding, meta_of, updates_of
+from dashboards.embedding_rows import PARTS, embedding, meta_of, updates_of
 from dashboards.lines import NOT_RECORDED
 from dashboards.panel import Figure, Panel, Part
 from dashboards.points import (
@@ -23,7 +23,7 @@ from dashboards.points import (
     colour_part,
 )
 from dashboards.style import nothing
-from dashboards.tables import RunTables
+from dashboards.tables import Runs, RunTables
 
 PERPLEXITIES = {"default": 1.0, "low": 0.5, "high": 1.7}
 SEEDS = 5

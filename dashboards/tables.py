@@ -1,6 +1,6 @@
 """A run's records as panels read them: by label, thinned for drawing, each read once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -293,3 +293,6 @@ def _place(updates: np.ndarray, wanted: object) -> int:
 
 def _always(labels: T, update: int) -> T:  # noqa: ARG001 -- of no update in particular
     return labels
+
+
+Runs = Mapping[str, RunTables]
