@@ -27,8 +27,10 @@ METHODS = (
     "adapters",
     "dico",
     "kaleidoscope",
-    "seps",
 )
+"""Sharing schemes for any number of agents."""
+SEPS = "seps"
+"""The one that groups agents, of which there must be more than 2."""
 HAPPO = "happo"
 """The algorithm whose agents are updated one after the other, beside the sharing schemes."""
 
@@ -191,6 +193,10 @@ def _figure(table: pd.DataFrame) -> str:
 
 
 def _sweep(presets: Sequence[str], settings: dict[str, Any], seeds: int) -> dict[str, Any]:
+    grouped = [preset for preset in presets if "-2ag-" not in preset]
+    navigation = [preset for preset in presets if preset.startswith("navigation")]
+    further = [{"preset": preset, "method": SEPS} for preset in grouped]
+    further += [{"preset": p, "algorithm": HAPPO, "method": "nops"} for p in navigation]
     return {
         "settings": {"diagnostics": "full", "evaluation": {"every": 0}, **settings},
         "grid": {
@@ -198,12 +204,7 @@ def _sweep(presets: Sequence[str], settings: dict[str, Any], seeds: int) -> dict
             "method": list(METHODS),
             "seed": list(range(seeds)),
         },
-        "runs": [
-            {"preset": preset, "algorithm": HAPPO, "method": "nops", "seed": seed}
-            for preset in presets
-            for seed in range(seeds)
-            if preset.startswith("navigation")
-        ],
+        "runs": [run | {"seed": seed} for run in further for seed in range(seeds)],
     }
 
 
@@ -227,9 +228,15 @@ ADAPTABILITY = Study(
     name="adaptability",
     question="Which methods do well whether agents have the same goal or different ones?",
     budgets={
-        "quick": _sweep(_NAVIGATION[:2], _SMALL | {"frames": 20_480, "every": 5}, 5),
+        "quick": _sweep(
+            ("navigation-4ag-same", "navigation-4ag-different"),
+            _SMALL | {"frames": 22_528, "every": 10, "effects_every": 10},
+            5,
+        ),
         "standard": _sweep(
-            (*_NAVIGATION, "dispersion"), _SMALL | {"frames": 500_000, "every": 40}, 5
+            (*_NAVIGATION, "dispersion"),
+            _SMALL | {"frames": 411_648, "every": 40, "effects_every": 40},
+            5,
         ),
         "full": _sweep((*_NAVIGATION, "dispersion"), {"every": 40}, 10),
     },
@@ -242,8 +249,8 @@ ADAPTABILITY = Study(
     "Jensen-Shannon's in Dispersion: not to be compared between the two. The best other "
     "method is chosen by the same seeds that it is compared on, which flatters it. dico is "
     "told which diversity to have in the scenarios of one goal, and with 2 agents "
-    "(docs/presets.md); happo learns from the team's reward and is of Navigation only; "
-    "kaleidoscope's masks and seps' groups are for actors and critics (docs/baselines.md).\n\n"
+    "(docs/presets.md); happo learns from the team's reward and is of Navigation only, seps is of "
+    "more than 2 agents (docs/baselines.md).\n\n"
     "Not as in the paper (but for `--budget full`): fewer frames, copies and steps, small "
     "equal networks for all methods, and one chosen set of PPO's settings, while the paper "
     "tuned some of them for each method; its returns are shown in figures only.",

@@ -313,8 +313,8 @@ EMBEDDINGS = Study(
     name="embeddings",
     question="Do agents that share a goal end up with embeddings near each other?",
     budgets={
-        "quick": _sweep(_SMALL | {"frames": 61_440, "every": 5, "effects_every": 5}, 5),
-        "standard": _sweep(_SMALL | {"frames": 411_648, "every": 20, "effects_every": 20}, 8),
+        "quick": _sweep(_SMALL | {"frames": 63_488, "every": 10, "effects_every": 10}, 5),
+        "standard": _sweep(_SMALL | {"frames": 329_728, "every": 20, "effects_every": 20}, 10),
         "full": _sweep({"every": 20}, 10),
     },
     about="VMAS Navigation, 4 agents that see all goals and are paid each for coming nearer to its "
