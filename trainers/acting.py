@@ -9,6 +9,7 @@ from torch import Tensor
 from trainers.generators.generator import Generator
 from trainers.networks import Theta
 from trainers.policies import Policy
+from trainers.processes import Share
 
 
 def fixed_parameters(generator: Generator) -> Callable[[Tensor], Theta]:
@@ -33,6 +34,7 @@ def act(
     mask: Bool[Tensor, "agent copy action"] | None,
     random: RandomGenerator | None,
     memory: Float[Tensor, "agent copy size"] | None = None,
+    share: Share | None = None,
 ) -> tuple[
     Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"],
     Float[Tensor, "agent copy"],
@@ -47,6 +49,7 @@ def act(
         mask: What they may do, as `VectorEnv.action_mask` says it.
         random: Draws the actions; None for each policy's mode.
         memory: What recurrent policies remember before they see it, see `MLP.begin`.
+        share: Which of a training's copies these are; None: all.
 
     Returns:
         Actions, to be turned into the environment's by `policy.to_env`; their log-probabilities
@@ -56,4 +59,4 @@ def act(
     read, memory = policy.network.read_next(parameters, observation, memory)
     if random is None:
         return *policy.mode(parameters, read, mask), memory
-    return *policy.sample(parameters, read, random, mask), memory
+    return *policy.sample(parameters, read, random, mask, share), memory

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradlab.checks import UsageError
 from gradlab.run_writer import RunWriter, read_at_most, sync, write_atomically, writing
+from trainers.processes import ALONE, Group
 
 SCHEMA = 2
 FOLDER = "checkpoints"
@@ -89,7 +90,13 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
 class Saver:
     """Writes checkpoints as often as costs at most about 2 % of the time."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group = ALONE) -> None:
+        """Have written nothing yet.
+
+        Args:
+            group: The processes that train; process 0 writes.
+        """
+        self._group = group
         self._next = 0.0
         self._saved = -1
 
@@ -107,10 +114,10 @@ class Saver:
             NotWritten: If the disk refuses; older checkpoints are then still there.
         """
         began = time.monotonic()
-        if not at_once and began < self._next:
+        if not self._group.first(lambda: at_once or began >= self._next):
             return
         checkpoint = state()
-        if checkpoint.update > self._saved:
+        if checkpoint.update > self._saved and self._group.rank == 0:
             run.sync()
             with writing(run.path / FOLDER):
                 write_checkpoint(run.path, checkpoint)

@@ -14,7 +14,8 @@ from trainers.config import TrainConfig
 from trainers.critic_input import CriticInput, critic_source
 from trainers.generators.generator import Generator
 from trainers.policies import Policy
-from trainers.ppo import normalise
+from trainers.ppo import normalised
+from trainers.processes import Share
 from trainers.rollout import Rollout
 from trainers.samples import READ, exist, of_network
 
@@ -44,6 +45,7 @@ class Diagnosis:
         policy: Policy,
         critic_input: CriticInput,
         optimiser: torch.optim.Adam,
+        share: Share,
     ) -> None:
         """Measure nothing yet.
 
@@ -53,6 +55,8 @@ class Diagnosis:
             policy: Turns the actor's outputs into action distributions.
             critic_input: What the value functions read of the observations, or world states.
             optimiser: Trains the networks.
+            share: Of which copies this process has rollouts. All processes measure the same, on the
+                samples of all copies.
         """
         level = config.diagnostics
         self.probe = NetworkProbe(
@@ -64,6 +68,7 @@ class Diagnosis:
         self._policy = policy
         self._critic_input = critic_input
         self._optimiser = optimiser
+        self._share = share
 
     def of(self, update: int, rollout: Rollout) -> dict[str, Quantity]:
         """Measure what is due at an update.
@@ -106,17 +111,17 @@ class Diagnosis:
         """What each network is diagnosed on, each sample's copy, and which samples there are."""
         config = self._config
         most = config.diagnosed_samples or DIAGNOSED_SAMPLES[config.diagnostics] * config.every
-        samples = dict(rollout.samples)
+        samples, share = dict(rollout.samples), self._share
         if config.on_policy.normalises_advantages:
-            samples["advantage"] = normalise(samples["advantage"], samples.get("active"))
+            samples["advantage"] = normalised(samples["advantage"], samples.get("active"), share)
         if config.recurrent_size is not None:
             copies = spread(config.copies, max(FEWEST, most // config.steps))
-            samples = {name: tensor[:, copies] for name, tensor in samples.items()}
+            samples = {name: share.whole(tensor)[:, copies] for name, tensor in samples.items()}
             copy, mask = copies, exist(samples)
         else:
             steps = spread(config.steps, max(1, most // config.copies))
             samples = {
-                name: tensor.unflatten(1, (config.steps, -1))[:, steps].flatten(1, 2)
+                name: share.whole(tensor.unflatten(1, (config.steps, -1))[:, steps].flatten(1, 2))
                 for name, tensor in samples.items()
             }
             copy, mask = torch.arange(config.copies).repeat(len(steps)), samples.pop("active", None)
@@ -146,7 +151,9 @@ class Diagnosis:
         # From seed and update alone, so that a resumed training draws the same.
         random = torch.Generator().manual_seed((config.seed << 32) + update)
         draw = self._observations if config.recurrent_size is None else self._segments
-        shared, copy, acted = draw(rollout.samples, random)
+        read = ("observation", "starts", "active")
+        samples = {n: self._share.whole(t) for n, t in rollout.samples.items() if n in read}
+        shared, copy, acted = draw(samples, random)
         actor = self.probe.precise("actor")
         assert isinstance(actor, Generator)
         shared = {name: t.expand(actor.agents, *t.shape) for name, t in shared.items()}

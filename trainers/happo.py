@@ -14,7 +14,7 @@ from trainers.config import NONE, TrainConfig
 from trainers.envs.vector_env import VectorEnv
 from trainers.generators.independent import AgentSlice, NoPS
 from trainers.on_policy import OnPolicy, adam
-from trainers.ppo import normalise
+from trainers.ppo import normalised
 from trainers.samples import of_network
 from trainers.update import ROWS, Updater, recorded
 
@@ -56,16 +56,22 @@ class HAPPO(OnPolicy):
         )
         # Parameters without a gradient, of the other agents, are left as they are by the optimiser.
         self._of_agent = [
-            Updater(settings, [replace(self.actor, generator=of, first=agent)], self.optimiser)
+            Updater(
+                settings,
+                [replace(self.actor, generator=of, first=agent)],
+                self.optimiser,
+                self.collector.share,
+            )
             for agent, of in enumerate(own)
         ]
-        self.updater = Updater(settings, [self.critic], self.optimiser)
+        self.updater = Updater(settings, [self.critic], self.optimiser, self.collector.share)
 
     def update(self, samples: Mapping[str, Tensor], random: RandomGenerator) -> dict[str, Quantity]:
         """See `Learner.update`; the order of the agents is drawn anew."""
         self.findings = []
         active = samples.get("active")
-        advantage = normalise(samples["advantage"], active)
+        share = self.collector.share
+        advantage = normalised(samples["advantage"], active, share)
         agents = len(advantage)
         compounded = torch.ones_like(advantage[0])
         found: list[dict[str, float]] = []
@@ -75,7 +81,10 @@ class HAPPO(OnPolicy):
             own["advantage"] = compounded * advantage[agent : agent + 1]
             found.append(self._of_agent[agent].passes(own, random))
             off = (compounded - 1).abs().double()
-            strayed[agent] = (off if active is None else off[active[agent]]).mean()
+            off = off if active is None else off[active[agent]]
+            apart = torch.stack([off.sum(), torch.tensor(float(off.numel()), dtype=off.dtype)])
+            share.group.sum_([apart])
+            strayed[agent] = apart[0] / apart[1]
             compounded = compounded * self.moved(agent, own)
         numbers = {name: fmean(of[name] for of in found) for name in found[0]}
         return recorded(numbers | self.updater.passes(samples, random)) | {

@@ -107,18 +107,7 @@ class Learner(ABC):
         Returns:
             Tensors by name.
         """
-        collector = self.collector
-        tensors = {
-            **{f"collector.{name}": seen for name, seen in collector.seen.items()},
-            "collector.active": collector.active,
-            "collector.running_return": collector.running_return,
-            "collector.running_length": collector.running_length,
-        }
-        for network, held in collector.memory.items():
-            tensors[f"memory.{network}"] = held
-        for kind, normaliser in collector.normalisers.items():
-            for name, tensor in normaliser.state().items():
-                tensors[f"normaliser.{kind}.{name}"] = tensor
+        tensors = self.collector.state()
         for network, generator in self.networks.items():
             for name, tensor in generator.state_dict().items():
                 tensors[f"{network}.{name}"] = tensor
@@ -145,9 +134,7 @@ class Learner(ABC):
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
         for network, aggregation in self.aggregations.items():
             aggregation.aggregator.load_state(checkpoint.under(f"aggregator.{network}."))
-        self.collector.memory |= checkpoint.under("memory.")
-        for name, tensor in checkpoint.under("collector.").items():
-            setattr(self.collector, name, tensor)
+        self.collector.load_state(checkpoint)
 
     def load_networks(self, checkpoint: Checkpoint) -> None:
         """Take over what agents act with, and what judges it; not to train on.

@@ -1,5 +1,6 @@
 """The only training loop: collect, diagnose, update, record."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab.checks import TrainingFailed, UsageError
+from gradlab.checks import TrainingFailed, UsageError, check
 from gradlab.quantity import Quantity
 from gradlab.run_writer import NotWritten, RunWriter
 from trainers.acting import fixed_parameters
@@ -32,12 +33,14 @@ from trainers.learner import Learner
 from trainers.masac import MASAC
 from trainers.matd3 import MATD3
 from trainers.on_policy import OnPolicy
+from trainers.processes import ALONE, Group, Share, command
+from trainers.replay_learner import ReplayLearner
 from trainers.rollout import Rollout
 
 Progress = Callable[[int, float], None]
 """Called before the first update and after each, with frames done and the last mean return."""
 
-LEARNERS: dict[str, Callable[[TrainConfig, VectorEnv, torch.Generator], Learner]] = {
+LEARNERS: dict[str, type[OnPolicy] | type[ReplayLearner]] = {
     "ippo": OnPolicy,
     "mappo": OnPolicy,
     "happo": HAPPO,
@@ -53,6 +56,7 @@ class Trainer:
 
     Attributes:
         config: Its settings.
+        group: The processes that train together, each with some of the environment copies.
         random: Source of the networks' first parameters and of all that is drawn.
         spec: What the environment looks like.
         learner: The algorithm. What follows is part of it.
@@ -65,11 +69,14 @@ class Trainer:
         last_return: Mean return of the episodes that ended last, NaN before any did.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, group: Group = ALONE) -> None:
         torch.set_num_threads(config.threads)
+        _check_processes(config, group)
         self.config = config
+        self.group = group
         self.random = torch.Generator().manual_seed(config.seed)
-        env = self._make_env(config.copies, config.seed)
+        share = None if group.size == 1 else Share(group=group, of=config.copies)
+        env = self._make_env(config.copies // group.size, config.seed, share=share)
         self.spec: EnvSpec = env.spec
         if not config.pad:
             check_equal_spaces(self.spec)
@@ -79,11 +86,13 @@ class Trainer:
         self.diagnosis = self.learner.diagnosis
         self.updates_done = 0
         self.last_return = math.nan
-        self._saver = Saver()
+        self._saver = Saver(group)
         self._told: set[str] = set()
         self._engines_written = False
 
-    def _make_env(self, copies: int, seed: int, *, info: bool = False) -> VectorEnv:
+    def _make_env(
+        self, copies: int, seed: int, *, info: bool = False, share: Share | None = None
+    ) -> VectorEnv:
         config = self.config
         return make_env(
             config.env,
@@ -92,6 +101,7 @@ class Trainer:
             seed=seed,
             args=config.env_args,
             info=info,
+            share=share,
         )
 
     @property
@@ -126,34 +136,46 @@ class Trainer:
         update = self.updates_done
         try:
             for update in range(self.updates_done, self.config.updates):
-                began = time.perf_counter()
-                rollout, quantities = self._next_update(look)
-                self._tell(update, self.learner.findings, tell)
-                seconds = time.perf_counter() - began
-                if self._evaluation_is_due():
-                    quantities |= self.evaluate().quantities()
-                scalars: dict[str, tuple[float, str]] = {
-                    "frames": (self.frames_done, "frames"),
-                    "episode_return": (_mean(rollout.episode_returns), "reward"),
-                    "episode_length": (_mean(rollout.episode_lengths), "steps"),
-                    "reward_per_step": (rollout.reward_per_step, "reward"),
-                    "seconds": (seconds, "s"),
-                }
-                quantities |= {
-                    name: Quantity.scalar(float(value), unit)
-                    for name, (value, unit) in scalars.items()
-                }
-                quantities |= _outcome_rate(rollout)
-                writer.write(update, quantities)
-                progress(self.frames_done, self.last_return)
-                self._saver.save(writer, self.state)
-                if stop():
+                with self.group.together():
+                    self._one_update(update, writer, progress, look, tell)
+                if any(self.group.gather(stop())):
                     break
-            self._saver.save(writer, self.state, at_once=True)
+            with self.group.together():
+                self._saver.save(writer, self.state, at_once=True)
         except (NotFinite, EnvironmentFailed) as error:
             saved = self._save_last_good(writer, update)
             raise TrainingFailed(f"update {update}: {error}. {saved}") from None
         return self.updates_done >= self.config.updates
+
+    def _one_update(
+        self,
+        update: int,
+        writer: RunWriter,
+        progress: Progress,
+        look: Callable[[Rollout], dict[str, Quantity]],
+        tell: Callable[[str], None],
+    ) -> None:
+        """Make one update, record it, and save it if it is time to."""
+        began = time.perf_counter()
+        rollout, quantities = self._next_update(look)
+        self._tell(update, self.learner.findings, tell)
+        seconds = time.perf_counter() - began
+        if self._evaluation_is_due():
+            quantities |= self.evaluate().quantities()
+        scalars: dict[str, tuple[float, str]] = {
+            "frames": (self.frames_done, "frames"),
+            "episode_return": (_mean(rollout.episode_returns), "reward"),
+            "episode_length": (_mean(rollout.episode_lengths), "steps"),
+            "reward_per_step": (rollout.reward_per_step, "reward"),
+            "seconds": (seconds, "s"),
+        }
+        quantities |= {
+            name: Quantity.scalar(float(value), unit) for name, (value, unit) in scalars.items()
+        }
+        quantities |= _outcome_rate(rollout)
+        writer.write(update, quantities)
+        progress(self.frames_done, self.last_return)
+        self._saver.save(writer, self.state)
 
     def evaluate(
         self, asked: EvaluationConfig | None = None, watch: Watch = lambda _: None
@@ -191,19 +213,28 @@ class Trainer:
         """Copy all that the rest of the training depends on.
 
         Returns:
-            A checkpoint of the last update that is done.
+            A checkpoint of the last update that is done; the same in all processes.
+
+        Raises:
+            TrainingFailed: If not all processes have the same weights.
         """
-        env_tensors, env_values = self.collector.env.state()
+        self._check_equal()
+        of_env = self.group.gather(self.collector.env.state())
         tensors = {
             "random": self.random.get_state(),
             **self.learner.state(),
-            **{f"env{path}": tensor for path, tensor in env_tensors.items()},
+            **{
+                f"{self._env_name(rank)}{path}": tensor
+                for rank, (env_tensors, _) in enumerate(of_env)
+                for path, tensor in env_tensors.items()
+            },
         }
         return Checkpoint(
             update=self.updates_done - 1,
             tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
             values={
-                "env": env_values,
+                "env": of_env[0][1] if self.group.size == 1 else [values for _, values in of_env],
+                "processes": self.group.size,
                 "last_return": None if math.isnan(self.last_return) else self.last_return,
                 "config": self.config.model_dump(mode="json"),
             },
@@ -216,15 +247,46 @@ class Trainer:
             checkpoint: What `state` returned, from a trainer of the same settings.
 
         Raises:
-            UsageError: If its settings are others, or it is none of such a training.
+            UsageError: If its settings are others, it was saved by more or fewer processes, or it
+                is none of such a training.
         """
+        processes = checkpoint.values.get("processes", 1)  # older checkpoints were made by one
+        if processes != self.group.size:
+            raise UsageError(
+                f"the checkpoint of update {checkpoint.update} is of a training by {processes} "
+                f"process{'' if processes == 1 else 'es'}, which have its environments. Go on with "
+                f"as many: {command(processes)} --resume. Got {self.group.size}."
+            )
         self.load_networks(checkpoint)
         with _fitting(checkpoint):
             last = checkpoint.values["last_return"]
             self.last_return = math.nan if last is None else float(last)
             self.random.set_state(checkpoint.tensors["random"])
             self.learner.load_state(checkpoint)
-            self.collector.env.load_state(checkpoint.under("env"), checkpoint.values["env"])
+            values, rank = checkpoint.values["env"], self.group.rank
+            self.collector.env.load_state(
+                checkpoint.under(self._env_name(rank)), values if processes == 1 else values[rank]
+            )
+
+    def _env_name(self, rank: int) -> str:
+        """What a checkpoint calls the environment of a process."""
+        return "env" if self.group.size == 1 else f"env:{rank}"
+
+    def _check_equal(self) -> None:
+        """Raise unless all processes have the same weights, to the bit."""
+        if self.group.size == 1:
+            return
+        digest = hashlib.sha256()
+        for generator in self.learner.networks.values():
+            for parameter in generator.parameters():
+                digest.update(parameter.detach().contiguous().numpy().tobytes())
+        digests = self.group.gather(digest.hexdigest())
+        if other := [rank for rank, each in enumerate(digests) if each != digests[0]]:
+            raise TrainingFailed(
+                f"process {other[0]} has other weights than process 0 after update "
+                f"{self.updates_done - 1}. All must run the same gradlab and torch on processors "
+                "of the same kind."
+            )
 
     def load_networks(self, checkpoint: Checkpoint) -> None:
         """Take over what agents act with, and the number of updates done; not to train on.
@@ -298,14 +360,15 @@ class Trainer:
         A training goes on from a checkpoint to the bit, so the newest one leads there. To keep
         that state in memory as well would cost a copy of it in every update.
         """
-        checkpoint, _ = newest_checkpoint(run.path)
+        checkpoint, _ = self.group.first(lambda: newest_checkpoint(run.path))
         if checkpoint is None:
             return "There is no earlier state to go on from."
         try:
-            self.load_state(checkpoint)
-            while self.updates_done < wanted:
-                self._next_update()
-            self._saver.save(run, self.state, at_once=True)
+            with self.group.together():
+                self.load_state(checkpoint)
+                while self.updates_done < wanted:
+                    self._next_update()
+                self._saver.save(run, self.state, at_once=True)
         except (
             NotFinite,
             EnvironmentFailed,
@@ -315,7 +378,35 @@ class Trainer:
             self.updates_done = checkpoint.update + 1
         return (
             f"Saved is the state after update {self.updates_done - 1}; to go on from there: "
-            f"gradlab train --resume --out {run.path}"
+            f"{command(self.group.size)} --resume --out {run.path}"
+        )
+
+
+def _check_processes(config: TrainConfig, group: Group) -> None:
+    """Raise unless so many processes can share the training."""
+    if group.size == 1:
+        return
+    of = f"with {group.size} processes"
+    check(
+        config.copies % group.size == 0,
+        "copies",
+        f"be a multiple of {group.size} {of}: each has as many",
+        config.copies,
+    )
+    on_policy = [name for name, make in LEARNERS.items() if issubclass(make, OnPolicy)]
+    check(
+        config.algorithm in on_policy,
+        "algorithm",
+        f"be one of {', '.join(on_policy)} {of}: others learn from a replay of all copies",
+        config.algorithm,
+    )
+    for network, method in config.methods.items():
+        check(
+            method not in {"seps", "dico"},
+            "method",
+            f"be one whose {network} hangs on what is trained alone {of}: {method} looks at what "
+            "agents of all copies saw",
+            method,
         )
 
 

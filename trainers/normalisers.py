@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from trainers.processes import ALONE, Group
+
 _SMALLEST_VARIANCE = 1e-8
 """Added to variances, so that what never changes is not divided by 0."""
 
@@ -15,13 +17,17 @@ class RunningMoments:
     for computing sample variances", 1979, eq. 2.1), so it does not matter how rows are cut into
     batches but for rounding.
 
+    Several processes add their rows at the same time, and all have the moments of all rows.
+
     Attributes:
         count: Number of rows.
         mean: Their mean, 0 before the first.
         squares: Their summed squared deviations from it.
+        group: The processes that add rows.
     """
 
-    def __init__(self, *shape: int) -> None:
+    def __init__(self, *shape: int, group: Group = ALONE) -> None:
+        self.group = group
         self.count = torch.zeros((), dtype=torch.float64)
         self.mean = torch.zeros(shape, dtype=torch.float64)
         self.squares = torch.zeros(shape, dtype=torch.float64)
@@ -30,20 +36,20 @@ class RunningMoments:
         """Take in more rows.
 
         Args:
-            rows: At least one.
+            rows: They; there may be none.
         """
         rows = rows.double()
-        more = len(rows)
-        total = self.count + more
         mean = rows.mean(0)
-        apart = mean - self.mean
-        self.squares = (
-            self.squares
-            + (rows - mean).square().sum(0)
-            + apart.square() * (self.count * more / total)
-        )
-        self.mean = self.mean + apart * (more / total)
-        self.count = total
+        squares = (rows - mean).square().sum(0)
+        own = torch.stack([torch.full_like(mean, len(rows)), mean, squares])
+        for more, mean, squares in self.group.whole(own[None], 0):
+            if not more.any():
+                continue
+            total = self.count + more.flatten()[0]
+            apart = mean - self.mean
+            self.squares = self.squares + squares + apart.square() * (self.count * more / total)
+            self.mean = self.mean + apart * (more / total)
+            self.count = total
 
     def deviation(self) -> Float[Tensor, "..."]:
         """Standard deviation of the rows.
@@ -85,15 +91,15 @@ class ObservationNormaliser:
         clip: Where what it makes is cut off.
     """
 
-    def __init__(self, observation_size: int, clip: float) -> None:
-        self.moments = RunningMoments(observation_size)
+    def __init__(self, observation_size: int, clip: float, group: Group = ALONE) -> None:
+        self.moments = RunningMoments(observation_size, group=group)
         self.clip = clip
 
     def learn(self, observation: Float[Tensor, "sample obs"]) -> None:
         """Take observations into the running moments.
 
         Args:
-            observation: What agents act on, at least one.
+            observation: What agents act on.
         """
         self.moments.add(observation)
 
@@ -136,11 +142,13 @@ class RewardNormaliser:
 
     Attributes:
         moments: Of the discounted sums of rewards so far in each episode, at every step.
-        returns: Those sums [agent, copy].
+        returns: Those sums [agent, copy], of this process's copies.
     """
 
-    def __init__(self, agents: int, copies: int, *, discount: float, clip: float) -> None:
-        self.moments = RunningMoments()
+    def __init__(
+        self, agents: int, copies: int, *, discount: float, clip: float, group: Group = ALONE
+    ) -> None:
+        self.moments = RunningMoments(group=group)
         self.returns = torch.zeros(agents, copies, dtype=torch.float64)
         self._discount = discount
         self._clip = clip
@@ -162,8 +170,7 @@ class RewardNormaliser:
             What the critic learns from, cut off at plus and minus `clip`.
         """
         self.returns = self._discount * self.returns + reward
-        if acted.any():
-            self.moments.add(self.returns[acted])
+        self.moments.add(self.returns[acted])
         self.returns = self.returns * ~ended
         scaled = reward / self.moments.deviation()
         return scaled.clamp(-self._clip, self._clip).to(reward.dtype)
@@ -174,7 +181,8 @@ class RewardNormaliser:
         Returns:
             Tensors by name.
         """
-        return {**self.moments.state(), "returns": self.returns}
+        returns = self.moments.group.whole(self.returns, 1)
+        return {**self.moments.state(), "returns": returns}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Go on from a state.
@@ -183,4 +191,5 @@ class RewardNormaliser:
             tensors: What `state` returned.
         """
         self.moments.load_state(tensors)
-        self.returns = tensors["returns"]
+        group = self.moments.group
+        self.returns = tensors["returns"].chunk(group.size, 1)[group.rank]

@@ -83,7 +83,12 @@ class OnPolicy(Learner):
             "critic": Network(generator=critic, surrogate=self.value_loss),
         }
         self.diagnosis = Diagnosis(
-            config, diagnosed, self.policy, self._critic_input, self.optimiser
+            config,
+            diagnosed,
+            self.policy,
+            self._critic_input,
+            self.optimiser,
+            self.collector.share,
         )
         self.findings = []
         grouped = [network for network in self.networks.values() if isinstance(network, SePS)]
@@ -99,6 +104,7 @@ class OnPolicy(Learner):
             self._config.on_policy,
             trained,
             self.optimiser,
+            self.collector.share,
             self.aggregations,
             normalises=self._config.on_policy.normalises_advantages,
         )

@@ -50,11 +50,19 @@ class Parameters:
             return self.make(observation)
         return self._leaves
 
-    def backward(self) -> None:
-        """Take the gradients that were collected back to what is trained."""
+    def backward(self) -> list[Tensor]:
+        """Take the gradients that were collected back to what is trained.
+
+        Returns:
+            Of what the sum over all processes has to be put in their place, before `settle`.
+        """
         found = {name: x.grad for name, x in self._leaves.items() if self._made[name].requires_grad}
         if found:
             torch.autograd.backward([self._made[name] for name in found], [*found.values()])
+        return [p.grad for p in self._generator.parameters() if p.grad is not None]
+
+    def settle(self) -> None:
+        """Make of what `backward` returned the gradient of what is trained."""
 
 
 class AgentParameters(Parameters):
@@ -99,17 +107,21 @@ class AgentParameters(Parameters):
         made: Theta = vmap(of_agent)(self._copies, agents, *read)
         return made
 
-    def backward(self) -> None:
-        """Make one gradient of the agents', and take it to what is trained."""
+    def backward(self) -> list[Tensor]:
+        """See `Parameters.backward`: the agents' gradients."""
         super().backward()
-        rows = torch.cat(
+        self._rows = torch.cat(
             [
                 (torch.zeros_like(copy) if copy.grad is None else copy.grad).flatten(1).double()
                 for copy in self._copies.values()
             ],
             dim=1,
         )
-        gradient = self._aggregate(rows)
+        return [self._rows]
+
+    def settle(self) -> None:
+        """Make one gradient of the agents', and take it to what is trained."""
+        gradient = self._aggregate(self._rows)
         sizes = [parameter.numel() for parameter in self._trained.values()]
         for parameter, part in zip(self._trained.values(), gradient.split(sizes), strict=True):
             # As the parameter lies in memory, which fused Adam takes for granted.

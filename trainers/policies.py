@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from torch import Generator, Tensor
 from trainers.envs.vector_env import Box, Discrete
 from trainers.finite import check_finite
 from trainers.networks import MLP, Theta, make_network, per_agent
+from trainers.processes import Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class Policy(ABC):
         observation: Tensor,
         generator: Generator,
         mask: Tensor | None = None,
+        share: Share | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw actions.
 
@@ -46,6 +49,7 @@ class Policy(ABC):
             observation: What the network's layers read [agent, sample, inputs], see `MLP.read`.
             generator: Source of randomness.
             mask: What may be done [agent, sample, action]; None: everything.
+            share: Of which copies the samples are, one of each; None: of all.
 
         Returns:
             Actions and their log-probabilities [agent, sample].
@@ -146,11 +150,13 @@ class Categorical(Policy):
         observation: Tensor,
         generator: Generator,
         mask: Tensor | None = None,
+        share: Share | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw actions; see `Policy.sample`."""
         log_p = self._log_p(theta, observation, mask)
-        flat = torch.multinomial(log_p.exp().flatten(0, -2), 1, generator=generator)
-        action = flat.view(log_p.shape[:-1])
+        # The action whose exponential waiting time is shortest, drawn as torch.multinomial does.
+        waiting = _drawn(Tensor.exponential_, log_p.shape, generator, share)
+        action = (log_p.exp() / waiting).argmax(-1)
         return action, log_p.gather(-1, action[..., None]).squeeze(-1)
 
     def mode(
@@ -206,10 +212,11 @@ class Gaussian(Policy):
         observation: Tensor,
         generator: Generator,
         mask: Tensor | None = None,
+        share: Share | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw actions; see `Policy.sample`."""
         mean, log_std = self._moments(theta, observation)
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = _drawn(Tensor.normal_, mean.shape, generator, share)
         action = mean + log_std.exp() * noise
         check_finite("the actor's action", action, ("agent", "copy", "component"))
         return action, _log_density(noise, log_std, mask)
@@ -287,9 +294,10 @@ class Squashed(Gaussian):
         observation: Tensor,
         generator: Generator,
         mask: Tensor | None = None,
+        share: Share | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw actions; see `Policy.sample`."""
-        action, log_prob = super().sample(theta, observation, generator, mask)
+        action, log_prob = super().sample(theta, observation, generator, mask, share)
         action = action.clamp(-1, 1)
         return action if mask is None else torch.where(mask, action, 0.0), log_prob
 
@@ -301,6 +309,17 @@ class Squashed(Gaussian):
         if self.noise is None:
             return super()._log_std(theta, made)
         return torch.full_like(made, math.log(self.noise))
+
+
+def _drawn(
+    fill: Callable[..., Tensor], shape: torch.Size, generator: Generator, share: Share | None
+) -> Tensor:
+    """Draw what makes an action of a distribution, [agent, sample, action]."""
+
+    def draw(shape: torch.Size) -> Tensor:
+        return fill(torch.empty(shape), generator=generator)
+
+    return draw(shape) if share is None else share.drawn(draw, shape)
 
 
 def _along_agents(parameter: Tensor, axes: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from trainers.config import A2CConfig, PPOConfig
 from trainers.networks import MLP, Theta
 from trainers.policies import Policy
+from trainers.processes import Share
 from trainers.samples import of_samples
 
 Surrogate = Callable[[Theta, dict[str, Tensor]], Tensor]
@@ -160,3 +161,18 @@ def normalise(advantage: Tensor, active: Tensor | None = None) -> Tensor:
     centred = torch.where(active, advantage - total / count.clamp(min=1), 0.0)
     variance = centred.square().sum() / (count - 1).clamp(min=1)
     return centred / (variance.sqrt() + 1e-8)
+
+
+def normalised(advantage: Tensor, active: Tensor | None, share: Share) -> Tensor:
+    """Normalise a rollout's advantages over the copies of all processes.
+
+    Args:
+        advantage: Advantages of this process's samples.
+        active: As for `normalise`.
+        share: Of which copies they are.
+
+    Returns:
+        What `normalise` makes of all, of these samples.
+    """
+    everyone = None if active is None else share.whole(active)
+    return share.part(normalise(share.whole(advantage), everyone))

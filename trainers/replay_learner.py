@@ -141,7 +141,7 @@ class ReplayLearner(Learner):
             "critic": Network(generator=self.networks["critic"], surrogate=self.critic_loss),
         }
         self.diagnosis = ReplayDiagnosis(
-            config, diagnosed, self.policy, critic_input, self.optimiser
+            config, diagnosed, self.policy, critic_input, self.optimiser, self.collector.share
         )
         self.diagnosis.learner = self
         self.aggregations, self.findings = {}, []

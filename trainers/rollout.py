@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Generator as RandomGenerator
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gradlab.checks import check
 from trainers.acting import act
+from trainers.checkpoints import Checkpoint
 from trainers.config import OnPolicyConfig, TrainConfig
 from trainers.critic_input import critic_source
 from trainers.envs.vector_env import Step, VectorEnv, kept
@@ -19,6 +21,7 @@ from trainers.memory import forgotten
 from trainers.networks import Theta
 from trainers.normalisers import ObservationNormaliser, RewardNormaliser
 from trainers.policies import Policy
+from trainers.processes import ALONE, Share
 from trainers.values import Critics
 
 
@@ -52,7 +55,7 @@ class Rollout:
 
     @property
     def reward_per_step(self) -> float:  # noqa: D102
-        return self.played.columns["reward"].mean().item()
+        return self.played.reward_per_step
 
     @property
     def outcomes(self) -> Mapping[str, list[bool]]:  # noqa: D102
@@ -75,6 +78,7 @@ class Played:
         ended: Where an episode ended [time, copy].
         episode_returns: As of a `Rollout`.
         episode_lengths: As of a `Rollout`.
+        reward_per_step: As of a `Rollout`.
         outcomes: As of a `Rollout`.
     """
 
@@ -84,6 +88,7 @@ class Played:
     ended: Tensor
     episode_returns: list[float]
     episode_lengths: list[int]
+    reward_per_step: float
     outcomes: Mapping[str, list[bool]]
 
 
@@ -92,6 +97,7 @@ class Collector:
 
     Attributes:
         env: The environment.
+        share: Which of the training's copies it has.
         observation: What the agents act on next [agent, copy, obs], normalised if that is asked
             for; 0 for agents that have left their episode.
         world_state: How the world stands then [1, copy, state], normalised likewise, if critics
@@ -128,6 +134,7 @@ class Collector:
             reads_world_state: Whether critics are to read the environment's world state.
         """
         self.env = env
+        self.share = env.share or Share(group=ALONE, of=env.copies)
         self.normalisers: dict[str, ObservationNormaliser | RewardNormaliser] = {}
         if observations is not None:
             self.normalisers["observation"] = observations
@@ -189,7 +196,7 @@ class Collector:
             if mask is not None:
                 mask = mask | ~self.active[..., None]
             action, log_prob, of_actor = act(
-                policy, theta, self.observation, mask, random, self.memory.get("actor")
+                policy, theta, self.observation, mask, random, self.memory.get("actor"), self.share
             )
             step = self.env.step(policy.to_env(action)).of_active(self.active)
             ended, active = step.ended, step.act_next
@@ -229,14 +236,23 @@ class Collector:
             starts = ended.expand_as(self.active)
         stacked = {name: torch.stack(rows, dim=1) for name, rows in columns.items()}
         check_finite("reward", stacked["reward"], ("agent", "step", "copy"))
+        everywhere = self.share.group.gather((
+            returns,
+            lengths,
+            outcomes,
+            stacked["reward"].mean().item(),
+        ))
         return Played(
             columns=stacked,
             final=final,
             truncated=torch.stack(truncated),
             ended=torch.stack(over),
-            episode_returns=returns,
-            episode_lengths=lengths,
-            outcomes=outcomes,
+            episode_returns=[each for of, _, _, _ in everywhere for each in of],
+            episode_lengths=[each for _, of, _, _ in everywhere for each in of],
+            reward_per_step=fmean(mean for _, _, _, mean in everywhere),
+            outcomes={
+                name: [each for _, _, of, _ in everywhere for each in of[name]] for name in outcomes
+            },
         )
 
     @torch.no_grad()
@@ -289,7 +305,7 @@ class Collector:
             gae_lambda=config.gae_lambda,
         )
         stacked |= {"advantage": advantage, "target": advantage + value}
-        if stacked["active"].all():
+        if self.share.all(stacked["active"]):
             del stacked["active"]
         if self.memory:
             samples = {name: t.transpose(1, 2).contiguous() for name, t in stacked.items()}
@@ -298,6 +314,38 @@ class Collector:
             del stacked["starts"]
             samples = {name: tensor.flatten(1, 2) for name, tensor in stacked.items()}
         return Rollout(played=played, samples=samples)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy where the episodes of all copies stand, but for the environment itself.
+
+        Returns:
+            Tensors by name: attributes, memories and what the normalisers have learned.
+        """
+        whole = self.share.group.whole
+        tensors = {
+            **{f"collector.{name}": whole(seen, 1) for name, seen in self.seen.items()},
+            "collector.active": whole(self.active, 1),
+            "collector.running_return": whole(self.running_return, 0),
+            "collector.running_length": whole(self.running_length, 0),
+        }
+        for network, held in self.memory.items():
+            tensors[f"memory.{network}"] = whole(held, 1)
+        for kind, normaliser in self.normalisers.items():
+            for name, tensor in normaliser.state().items():
+                tensors[f"normaliser.{kind}.{name}"] = tensor
+        return tensors
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Go on from what `state` returned.
+
+        Args:
+            checkpoint: Holds it.
+        """
+        own = self.share.own
+        for network, held in checkpoint.under("memory.").items():
+            self.memory[network] = held[:, own]
+        for name, tensor in checkpoint.under("collector.").items():
+            setattr(self, name, tensor[own] if name.startswith("running") else tensor[:, own])
 
     def _final(self, step: Step) -> dict[str, Tensor]:
         """What the networks would have read after a step, before any reset."""
@@ -312,7 +360,7 @@ class Collector:
         # raise errors that don't say what is wrong.
         if not math.isfinite(observation.sum().item()):
             check_finite("observation", observation, ("agent", "copy"))
-        if self._observations is not None and active.any():
+        if self._observations is not None:
             self._observations.learn(observation[active])
         return self.scaled(observation, active)
 
@@ -369,6 +417,7 @@ def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
     scales = config.normalise
     reads_world_state = config.critic_input == "state"
     observations = world_states = rewards = None
+    group = env.share.group if env.share else ALONE
     if scales.observations:
         check(
             env.spec.observation_sizes is None,
@@ -376,13 +425,17 @@ def make_collector(config: TrainConfig, env: VectorEnv) -> Collector:
             "be false where observations are padded, as their scale is one for all agents",
             True,
         )
-        observations = ObservationNormaliser(env.spec.observation_size, scales.clip)
+        observations = ObservationNormaliser(env.spec.observation_size, scales.clip, group)
         if reads_world_state:
             assert env.spec.world_state_size is not None
-            world_states = ObservationNormaliser(env.spec.world_state_size, scales.clip)
+            world_states = ObservationNormaliser(env.spec.world_state_size, scales.clip, group)
     if scales.rewards:
         rewards = RewardNormaliser(
-            env.spec.agents, env.copies, discount=config.discount, clip=scales.clip
+            env.spec.agents,
+            env.copies,
+            discount=config.discount,
+            clip=scales.clip,
+            group=group,
         )
     return Collector(
         env,

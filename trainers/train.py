@@ -11,6 +11,7 @@ from gradlab.sinks.known import make_sinks
 from trainers.checkpoints import Checkpoint, newest_checkpoint
 from trainers.config import MAY_DIFFER, TrainConfig, differing_settings
 from trainers.loop import Progress, Trainer, describe
+from trainers.processes import ALONE, Group, command
 
 
 def train_run(
@@ -21,6 +22,7 @@ def train_run(
     progress: Progress = lambda *_: None,
     stop: Callable[[], bool] = lambda: False,
     tell: Callable[[str], None] = lambda _: None,
+    group: Group = ALONE,
 ) -> bool:
     """Train, recording into a run folder.
 
@@ -32,6 +34,7 @@ def train_run(
         progress: Told of where the training starts, and of every update.
         stop: Asked after each update whether to stop there.
         tell: Given sentences that the user should read.
+        group: The processes that train together. Process 0 writes the folder, and reads it for all.
 
     Returns:
         Whether all frames are done; otherwise the run can be resumed.
@@ -45,10 +48,10 @@ def train_run(
     if resume and is_run(out):
         check_same_settings(config, out, but=MAY_DIFFER)
     sinks = make_sinks(config.log)
-    trainer = Trainer(config)
+    trainer = Trainer(config, group)
     try:
-        with RunWriter(out, resume=resume) as writer:
-            checkpoint, problems = _onwards_from(out, writer.newest_update())
+        with _Unwritten(out) if group.rank else RunWriter(out, resume=resume) as writer:
+            checkpoint, problems = group.first(lambda: _onwards_from(out, writer.newest_update()))
             onwards = f"after update {checkpoint.update}" if checkpoint else "from the beginning"
             if trainer.spec.padding:
                 tell(f"{config.env} is padded: {trainer.spec.padding}")
@@ -67,10 +70,33 @@ def train_run(
             writer.describe(state="done" if finished else "stopped")
     except NotWritten as error:
         raise TrainingFailed(
-            f"{error}. What was recorded before is whole; once that is mended: gradlab train "
-            f"--resume --out {out}"
+            f"{error}. What was recorded before is whole; once that is mended: "
+            f"{command(group.size)} --resume --out {out}"
         ) from None
     return finished
+
+
+class _Unwritten(RunWriter):
+    """Takes what a run folder does and writes nothing: another process does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notes = []
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def describe(self, **_: Any) -> None:  # noqa: ANN401 -- as RunWriter
+        pass
+
+    def forward(self, *_: object) -> None:
+        pass
+
+    def write(self, *_: object) -> None:
+        pass
+
+    def discard_after(self, update: int) -> None:
+        pass
 
 
 def _onwards_from(out: Path, recorded: int) -> tuple[Checkpoint | None, list[str]]:

@@ -19,6 +19,7 @@ from trainers.finite import check_gradient, finite_mean
 from trainers.generators.generator import Generator
 from trainers.parameters import AgentParameters, Parameters
 from trainers.ppo import PolicyLoss, Surrogate, normalise
+from trainers.processes import Share
 from trainers.samples import READ, Weights, exist, of_network, of_samples
 
 ROWS = 4096
@@ -33,6 +34,8 @@ _NUMBERS = {
     "epochs_done": ("passes", "mean over agents, if they are updated apart; else exact"),
 }
 _LOSSES = ("policy_loss", "value_loss")
+_OF_ALL = ("advantage", "active", "starts")
+"""Samples of which every process has those of all copies, to scale and weigh minibatches."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,6 +145,7 @@ class Updater:
         config: PPOConfig | A2CConfig,
         parts: Sequence[Part],
         optimiser: torch.optim.Optimizer,
+        share: Share,
         aggregations: Mapping[str, Aggregation] | None = None,
         *,
         normalises: bool = False,
@@ -152,6 +156,8 @@ class Updater:
             config: Epochs, minibatches and the like.
             parts: What is trained, step by step together.
             optimiser: Of the parameters of all of it.
+            share: Of which copies this process has the samples. All processes make the same steps,
+                on the samples of all copies.
             aggregations: By network what makes one gradient of its agents'; None: their sum.
             normalises: Whether advantages are normalised over each minibatch.
         """
@@ -159,6 +165,7 @@ class Updater:
         self._config = config
         self._parts = parts
         self._optimiser = optimiser
+        self._share = share
         self._aggregations = aggregations or {}
         self._normalises = normalises
         self._reads = frozenset().union(*(part.reads for part in parts))
@@ -200,15 +207,18 @@ class Updater:
         """
         config = self._config
         samples = {name: tensor for name, tensor in samples.items() if name in self._reads}
-        weights = Weights.of(exist(samples))
+        of_all = {n: self._share.whole(samples[n]) for n in _OF_ALL if n in samples}
+        weights = Weights.of(exist(of_all))
+        places = self._share.count(samples["observation"].shape[1])
         sums: dict[str, float] = {}
         last: dict[str, float] = {}
         epochs = 0
         while epochs < config.epochs:
             last = {}
-            order = torch.randperm(samples["observation"].shape[1], generator=random)
+            order = torch.randperm(places, generator=random)
             for part in order.tensor_split(config.minibatches):
-                for name, value in self._step(samples, part, weights.part(part), random).items():
+                found = self._step(samples, of_all, part, weights.part(part), random)
+                for name, value in found.items():
                     of = sums if name in _LOSSES else last
                     of[name] = of.get(name, 0.0) + value
             last = {name: value / config.minibatches for name, value in last.items()}
@@ -216,8 +226,8 @@ class Updater:
             if config.target_kl is not None and last.get("approximate_kl", 0.0) > config.target_kl:
                 break
         steps = epochs * config.minibatches
-        found = {name: value / steps for name, value in sums.items()} | last
-        return found | ({"epochs_done": float(epochs)} if last else {})
+        numbers = {name: value / steps for name, value in sums.items()} | last
+        return numbers | ({"epochs_done": float(epochs)} if last else {})
 
     def _accounts(self) -> dict[str, Quantity]:
         """What came of the aggregations, by network."""
@@ -236,35 +246,41 @@ class Updater:
     def _step(
         self,
         samples: Mapping[str, Tensor],
+        of_all: Mapping[str, Tensor],
         part: Tensor,
         weigh: Weights,
         random: RandomGenerator,
     ) -> dict[str, float]:
-        """Make one step on some of the samples, which weigh so much; an aggregator may draw.
+        """Make one step on some samples of all copies, which weigh so much; an aggregator may draw.
 
         Returns:
             Losses, and what is told beside them, before the step.
         """
         agents, places = len(samples["observation"]), len(part)
+        own, numbers = self._share.places(part)
+        counts = len(own) > 0
+        if not counts:  # what is added up is then made of a sample that counts for nothing
+            own = numbers = torch.zeros(1, dtype=torch.int64)
         samples = dict(samples)
         if self._normalises:
-            active = samples.get("active")
+            active = of_all.get("active")
             advantage = normalise(
-                samples.pop("advantage").index_select(1, part),
+                of_all["advantage"].index_select(1, part),
                 None if active is None else active.index_select(1, part),
             )
+            del samples["advantage"]
         self._optimiser.zero_grad(set_to_none=True)
         trained = [(of, self._parameters(of.network, of.generator, random)) for of in self._parts]
         found: dict[str, float] = {}
         # Rows enough to multiply fast, few enough that what is kept for the backward pass stays in
         # the processor's cache and in memory that the process has already.
-        for chunk in torch.arange(places).split(max(1, ROWS // agents)):
-            rows = part[chunk]
+        most = max(1, ROWS // agents)
+        for chunk, rows in zip(own.split(most), numbers.split(most), strict=True):
             batch = {name: tensor.index_select(1, rows) for name, tensor in samples.items()}
             if self._normalises:
                 batch["advantage"] = advantage[:, chunk]
             of_chunk = weigh.part(chunk)
-            share = len(rows) / places
+            share = counts * len(rows) / places
             means: dict[str, Tensor] = {}
             told: dict[str, Tensor] = {}
             for of, parameters in trained:
@@ -275,8 +291,12 @@ class Updater:
             means |= {name: share * of_chunk(values).mean() for name, values in told.items()}
             for name, value in means.items():
                 found[name] = found.get(name, 0.0) + value.item()
+        numbers = torch.tensor([*found.values()], dtype=torch.float64)
+        to_add = [tensor for _, parameters in trained for tensor in parameters.backward()]
+        self._share.group.sum_([*to_add, numbers])
+        found = dict(zip(found, numbers.tolist(), strict=True))
         for of, parameters in trained:
-            parameters.backward()
+            parameters.settle()
             of.generator.regularise(found[of.loss_name])
             norm = of.generator.clip_gradients(self._config.max_gradient_norm)
             check_gradient(of.network, norm, of.first)

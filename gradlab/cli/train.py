@@ -6,19 +6,22 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from gradlab.checks import UsageError
+from gradlab.checks import Failed, UsageError
 from gradlab.cli.options import given_settings
 from gradlab.cli.show import print_conflict, write_dashboard
 from gradlab.cli.stopping import Stopped, stop_on_signal
 from trainers.config import MAY_DIFFER
 from trainers.presets import SETTING, load_preset, merged, preset_names, with_preset
 from trainers.settings import make_config
+
+if TYPE_CHECKING:
+    from trainers.processes import Group
 
 DEMO = {
     method: {"method": method, "env": "specialisation", "agents": 4}
@@ -29,15 +32,34 @@ DEMO = {
 def train(options: argparse.Namespace) -> None:
     """`gradlab train`: one run, then its conflict and how to look at it; or a description.
 
+    Of processes that torchrun has started to train together, one speaks for all.
+
     Args:
         options: The parsed command line.
 
     Raises:
         UsageError: If an option can't be used.
+        Failed: If the training can't go on.
+        Stopped: If it was asked to stop.
+        SystemExit: As these, where another process says so.
     """
+    from trainers.processes import joined
+
+    with joined() as group:
+        try:
+            with group.together():
+                _train(options, group)
+        except (UsageError, Failed, Stopped) as error:
+            if not group.speaks(error):
+                raise SystemExit(1) from None
+            raise
+
+
+def _train(options: argparse.Namespace, group: "Group") -> None:
     settings = given_settings(options)
     if settings.get(SETTING) == "list":
-        _print_presets()
+        if group.rank == 0:
+            _print_presets()
         return
     if options.resume:
         if options.describe:
@@ -48,12 +70,16 @@ def train(options: argparse.Namespace) -> None:
     else:
         settings = with_preset(settings)
     if options.describe:
-        _describe(settings)
+        if group.rank == 0:
+            _describe(settings)
         return
-    out = options.out or _new_folder(make_config(settings))
+    config = make_config(settings)
+    out = options.out or group.first(lambda: _new_folder(config))
     with _progress() as bar:
-        _train_run(settings, out, bar, resume=options.resume)
-    if make_config(settings).diagnostics != "off":
+        _train_run(settings, out, bar, group, resume=options.resume)
+    if group.rank > 0:
+        return
+    if config.diagnostics != "off":
         print_conflict([out])
     print(f"Run: {out}\nDashboard: gradlab dashboard {out} --html {out}.html")
     if preset := settings.get(SETTING):
@@ -119,6 +145,7 @@ def demo(options: argparse.Namespace) -> None:
     """
     from gradlab.run import open_run
     from gradlab.run_writer import is_run
+    from trainers.processes import ALONE
     from trainers.train import check_same_settings
 
     folders = {options.out / method: settings for method, settings in DEMO.items()}
@@ -129,7 +156,7 @@ def demo(options: argparse.Namespace) -> None:
             if is_run(folder):
                 check_same_settings(make_config(settings), folder)
             if not (is_run(folder) and open_run(folder).state == "done"):
-                _train_run(settings, folder, bar, resume=is_run(folder))
+                _train_run(settings, folder, bar, ALONE, resume=is_run(folder))
         bar.start()
         bar.start_task(report)
         write_dashboard(list(folders), page)
@@ -138,7 +165,10 @@ def demo(options: argparse.Namespace) -> None:
     print(f"Dashboard: {page}")
 
 
-def _train_run(settings: Mapping[str, Any], out: Path, bar: Progress, *, resume: bool) -> None:
+def _train_run(
+    settings: Mapping[str, Any], out: Path, bar: Progress, group: "Group", *, resume: bool
+) -> None:
+    from trainers.processes import command
     from trainers.train import train_run
 
     config = make_config(settings)
@@ -157,10 +187,12 @@ def _train_run(settings: Mapping[str, Any], out: Path, bar: Progress, *, resume:
     def tell(sentence: str) -> None:
         print(f"gradlab: {sentence}", file=sys.stderr)
 
+    shown: dict[str, Any] = {"progress": progress, "tell": tell} if group.rank == 0 else {}
     with stop_on_signal() as stop:
-        finished = train_run(config, out, resume=resume, progress=progress, stop=stop, tell=tell)
+        finished = train_run(config, out, resume=resume, stop=stop, group=group, **shown)
     if not finished:
-        raise Stopped(f"stopped and saved. To go on: gradlab train --resume --out {out}")
+        again = f"{command(group.size)} --resume --out {out}"
+        raise Stopped(f"stopped and saved. To go on: {again}")
 
 
 def _resumed_settings(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def played(times, number):
         ended=ended,
         episode_returns=[],
         episode_lengths=[],
+        reward_per_step=0.0,
         outcomes={},
     )
     return steps, {"observation": torch.full((AGENTS, COPIES, 1), float(number + times)).double()}

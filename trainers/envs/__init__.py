@@ -1,7 +1,8 @@
 """Environments by name."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from gradlab.checks import check, unknown_name
 from trainers.envs.blind_spread import GROUPS, BlindSpread
@@ -10,8 +11,9 @@ from trainers.envs.matrix_games import NAMES, MatrixGame
 from trainers.envs.own import SEPARATOR, make_own
 from trainers.envs.pettingzoo import make_pettingzoo, module_names
 from trainers.envs.smax import SmaxEnv, map_names
-from trainers.envs.vector_env import VectorEnv
+from trainers.envs.vector_env import VectorEnv, cant_be_split
 from trainers.envs.vmas import VmasEnv, scenario_files
+from trainers.processes import Share
 
 
 class Family(NamedTuple):
@@ -22,16 +24,19 @@ class Family(NamedTuple):
             that the family needs is not installed.
         make: Makes one, from its name and the keyword arguments of `make_env`; raises UsageError,
             which says what to install, if a package is not installed.
+        splits: Whether some copies alone can be what they are among all, which an argument `share`
+            then asks for.
     """
 
     names: Callable[[], Iterable[str]]
     make: Callable[..., VectorEnv]
+    splits: bool = True
 
 
 FAMILIES = {
     "smax": Family(map_names, SmaxEnv),
     "vmas": Family(scenario_files, VmasEnv),
-    "bps": Family(lambda: GROUPS, BlindSpread),
+    "bps": Family(lambda: GROUPS, BlindSpread, splits=False),
     "pettingzoo": Family(module_names, make_pettingzoo),
     "mamujoco": Family(mamujoco_names, MujocoEnv),
 }
@@ -46,7 +51,7 @@ def environment_names() -> list[str]:
     """
     return [
         *NAMES,
-        *(f"{family}/{name}" for family, (names, _) in FAMILIES.items() for name in names()),
+        *(f"{prefix}/{name}" for prefix, family in FAMILIES.items() for name in family.names()),
     ]
 
 
@@ -58,6 +63,7 @@ def make_env(
     seed: int = 0,
     args: Mapping[str, object] | None = None,
     info: bool = False,
+    share: Share | None = None,
 ) -> VectorEnv:
     """Make an environment by its registered name.
 
@@ -68,23 +74,34 @@ def make_env(
         seed: Seed of all its randomness.
         args: Keyword arguments to the environment.
         info: Whether steps bring what the environment measures itself.
+        share: Which copies to make, if other processes have others; None: all.
 
     Returns:
         The environment, to be reset before its first step.
 
     Raises:
-        UsageError: If the name, an argument or a number is not one that exists, or a package that
-            the environment needs is not installed.
+        UsageError: If the name, an argument or a number is not one that exists, a package that the
+            environment needs is not installed, or its copies can't be shared out.
     """
     check(copies >= 1, "copies", "be at least 1", copies)
     check(agents is None or agents >= 1, "agents", "be at least 1", agents)
     args = args or {}
     if name in NAMES:
-        return MatrixGame(name, copies=copies, agents=agents, args=args)
+        env: VectorEnv = MatrixGame(name, copies=copies, agents=agents, args=args)
+        env.share = share
+        return env
+    asked: dict[str, Any] = {"agents": agents, "seed": seed, "args": args, "info": info}
+    asked["copies"] = copies
     family, slash, own = name.partition("/")
+    splits, make = True, partial(make_own, name)
     if slash and family in FAMILIES:
-        make = FAMILIES[family].make
-        return make(own, copies=copies, agents=agents, seed=seed, args=args, info=info)
-    if SEPARATOR in name:
-        return make_own(name, copies=copies, agents=agents, seed=seed, args=args, info=info)
-    raise unknown_name("environment", name, environment_names())
+        splits, make = FAMILIES[family].splits, partial(FAMILIES[family].make, own)
+    elif SEPARATOR not in name:
+        raise unknown_name("environment", name, environment_names())
+    if share is None:
+        return make(**asked)
+    if not splits:
+        raise cant_be_split(name, "its copies draw from one stream of random numbers")
+    env = make(**asked, share=share)
+    env.share = share
+    return env

@@ -18,6 +18,7 @@ from gradlab.checks import UsageError, check, unknown_name
 from gradlab.extras import installed, require
 from trainers.envs.vector_env import Box, EnvSpec, RenderingFailed, Step, VectorEnv
 from trainers.envs.workers import Workers, processor_cores
+from trainers.processes import Share
 
 _KEPT = ("physics", "bodies", "elapsed")
 _MODULES = ("gymnasium_robotics", "mujoco")
@@ -108,12 +109,14 @@ class MujocoEnv(VectorEnv):
         seed: int,
         args: Mapping[str, Any],
         info: bool = False,
+        share: Share | None = None,
     ) -> None:
         require("mamujoco", *_MODULES)
         robot, conf, joints_apart = _partition(name)
         own = {**_DEFAULTS, **{key: args[key] for key in args if key in _DEFAULTS}}
         _check_arguments(own)
         self.copies = copies
+        first = 0 if share is None else share.first
         self._standardise: bool = own["standardise"]
         self._settings = {
             **{key: value for key, value in own.items() if key not in _HERE},
@@ -122,7 +125,7 @@ class MujocoEnv(VectorEnv):
             "joints_apart": joints_apart,
             "robot": {key: value for key, value in args.items() if key not in _DEFAULTS},
             "measures": info,
-            "seeds": [copy_seed(seed, copy) for copy in range(copies)],
+            "seeds": [copy_seed(seed, first + copy) for copy in range(copies)],
         }
         self._workers = Workers(
             Path(__file__).with_name("mujoco_simulation.py"),

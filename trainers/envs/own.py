@@ -11,7 +11,8 @@ from typing import Any
 from gradlab.checks import UsageError, check, unknown_name
 from gradlab.run_writer import is_run
 from trainers.envs.parallel_copies import ParallelCopies, in_one_line
-from trainers.envs.vector_env import VectorEnv
+from trainers.envs.vector_env import VectorEnv, cant_be_split
+from trainers.processes import Share
 
 SEPARATOR = ":"
 
@@ -24,6 +25,7 @@ def make_own(
     seed: int,
     args: Mapping[str, Any],
     info: bool = False,
+    share: Share | None = None,
 ) -> VectorEnv:
     """Make what a function of the user's makes.
 
@@ -38,6 +40,7 @@ def make_own(
         seed: Seed of all its randomness.
         args: Keyword arguments to the function.
         info: Whether steps bring what the environment measures itself.
+        share: Which copies they are; None: all.
 
     Returns:
         The environment.
@@ -60,8 +63,16 @@ def make_own(
             raise unknown_name(f"argument of {name}", key, parameters)
     if "copies" not in parameters:
         return ParallelCopies(
-            name, lambda: make(**given), copies=copies, agents=agents, seed=seed, info=info
+            name,
+            lambda: make(**given),
+            copies=copies,
+            agents=agents,
+            seed=seed,
+            info=info,
+            share=share,
         )
+    if share is not None:
+        raise cant_be_split(name, "it makes all copies at once, from one seed")
     with in_one_line(f"{name}: making it", UsageError):
         env = make(**given)
     if not isinstance(env, VectorEnv):

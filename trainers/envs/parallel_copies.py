@@ -15,6 +15,7 @@ from gradlab.checks import Failed, UsageError, check
 from gradlab.extras import require
 from trainers.envs.padding import common_space, if_they_differ
 from trainers.envs.vector_env import Box, Discrete, EnvironmentFailed, EnvSpec, Step, VectorEnv
+from trainers.processes import Share
 
 INTERFACE = ("possible_agents", "observation_space", "action_space", "reset", "step")
 """What an environment must have; and `agents` once it has been reset."""
@@ -50,6 +51,7 @@ class ParallelCopies(VectorEnv):
         agents: int | None,
         seed: int,
         info: bool = False,
+        share: Share | None = None,
     ) -> None:
         """Make the copies.
 
@@ -60,6 +62,7 @@ class ParallelCopies(VectorEnv):
             agents: The number of agents that is asked for; None: whatever there are.
             seed: Seed of all episodes.
             info: Whether steps bring the numbers in the environment's `infos`.
+            share: Which copies they are; None: all.
 
         Raises:
             UsageError: If it raises an error, or its interface or spaces are others than can be
@@ -68,6 +71,7 @@ class ParallelCopies(VectorEnv):
         require("pettingzoo", "gymnasium")
         self.copies = copies
         self._seed = seed
+        self._first_copy = 0 if share is None else share.first
         self._info = info
         with in_one_line(f"{name}: making it", UsageError):
             self._envs = [make() for _ in range(copies)]
@@ -246,7 +250,7 @@ class ParallelCopies(VectorEnv):
         """Begin a copy's next episode."""
         env = self._envs[copy]
         self._episode[copy] += 1
-        entropy = (self._seed, copy, int(self._episode[copy]))
+        entropy = (self._seed, self._first_copy + copy, int(self._episode[copy]))
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)  # 31 bits
         with in_one_line(f"{self.spec.name}: reset(seed={seed})", EnvironmentFailed):
             brought = env.reset(seed=seed)

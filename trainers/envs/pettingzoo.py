@@ -15,6 +15,7 @@ from gradlab.checks import UsageError, unknown_name
 from gradlab.extras import require
 from trainers.envs.own import check_not_of_a_run
 from trainers.envs.parallel_copies import ParallelCopies, in_one_line
+from trainers.processes import Share
 
 EXTRA = "pettingzoo"
 _MAKE = "parallel_env"
@@ -41,6 +42,7 @@ def make_pettingzoo(
     seed: int,
     args: Mapping[str, Any],
     info: bool = False,
+    share: Share | None = None,
 ) -> ParallelCopies:
     """Make the environment that a module's `parallel_env` makes.
 
@@ -51,6 +53,7 @@ def make_pettingzoo(
         seed: Seed of all its randomness.
         args: Keyword arguments to `parallel_env`.
         info: Whether steps bring the numbers in the environment's `infos`.
+        share: Which copies they are; None: all.
 
     Returns:
         The environment.
@@ -84,5 +87,5 @@ def make_pettingzoo(
             "environments have. It has none."
         )
     return ParallelCopies(
-        name, lambda: make(**args), copies=copies, agents=agents, seed=seed, info=info
+        name, lambda: make(**args), copies=copies, agents=agents, seed=seed, info=info, share=share
     )

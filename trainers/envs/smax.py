@@ -21,6 +21,7 @@ from torch.utils.dlpack import from_dlpack
 from gradlab.checks import UsageError, check, unknown_name
 from gradlab.extras import installed, require
 from trainers.envs.vector_env import Discrete, EnvSpec, Step, VectorEnv
+from trainers.processes import Share
 
 CHOICES = {"attack_mode": ("closest", "random"), "observation_type": ("unit_list", "conic")}
 """What arguments that are words may be."""
@@ -164,6 +165,7 @@ class SmaxEnv(VectorEnv):
         seed: int,
         args: Mapping[str, Any],
         info: bool = False,  # noqa: ARG002 -- it measures nothing but who won
+        share: Share | None = None,
     ) -> None:
         require("smax", "jax", "jaxmarl")
         maps = map_names()
@@ -188,7 +190,8 @@ class SmaxEnv(VectorEnv):
         jax = self._battle.jax
         self._cpu = jax.devices("cpu")[0]
         with jax.default_device(self._cpu):
-            keys = jax.random.split(jax.random.PRNGKey(seed), copies)
+            keys = jax.random.split(jax.random.PRNGKey(seed), share.of if share else copies)
+            keys = keys[share.own] if share else keys
         # All that the rest depends on. What is on a device on purpose stays there: no GPU is used.
         self._now = jax.device_put({"keys": keys}, self._cpu)
 

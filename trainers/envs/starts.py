@@ -56,31 +56,60 @@ class Starts:
         self._made: dict[str, Tensor] = {}
         self._used = MADE_AT_ONCE
 
-    def into(self, env: Any, copies: Int[Tensor, " ended"]) -> Float[Tensor, "agent ended obs"]:  # noqa: ANN401
+    def into(
+        self,
+        env: Any,  # noqa: ANN401
+        copies: Int[Tensor, " ended"],
+        own: slice,
+    ) -> tuple[Int[Tensor, " own"], Float[Tensor, "agent own obs"]]:
         """Start finished copies anew.
 
         Args:
-            env: The environment that is played, in which they are; it is written to in the mode
-                (inference or not) that it was stepped in.
-            copies: Their numbers.
+            env: The environment that is played; it is written to in the mode (inference or not)
+                that it was stepped in.
+            copies: The numbers of all that have finished, each of which uses up a start.
+            own: Which of all copies are in that environment.
 
         Returns:
-            Their first observations.
+            The numbers there of those that have finished, and their first observations.
         """
-        observations = []
+        started, observations = [], []
         while len(copies):
             if self._used == MADE_AT_ONCE:
                 seen = self._stack(self._env.reset()).transpose(0, 1)
                 made = {path: leaf_at(self._env, path) for path in self._paths}
                 self._made, self._used = made | {"": seen}, 0
             now = copies[: MADE_AT_ONCE - self._used]
-            rows = slice(self._used, self._used + len(now))
+            rows = torch.arange(self._used, self._used + len(now))
+            here = (now >= own.start) & (now < own.stop)
+            places, rows = now[here] - own.start, rows[here]
             for path in self._paths:
-                leaf_at(env, path).index_copy_(0, now, self._made[path][rows])
+                leaf_at(env, path).index_copy_(0, places, self._made[path][rows])
+            started.append(places)
             observations.append(self._made[""][rows].transpose(0, 1))
             self._used += len(now)
             copies = copies[len(now) :]
-        return torch.cat(observations, dim=1)
+        return torch.cat(started), torch.cat(observations, dim=1)
+
+    def take_over(self, all_copies: Any, env: Any, own: slice) -> None:  # noqa: ANN401
+        """Start all copies of an environment as others were just reset.
+
+        Args:
+            all_copies: An environment of the same scenario, after its reset. If it has not been
+                stepped yet, it is then, as some attributes only come to be with the first step.
+            env: The environment that is played, as for `into`; reset only if that is so.
+            own: Which of those copies are in it.
+        """
+        made, there = (dict(leaves(each, self._packages)) for each in (all_copies, env))
+        new = False
+        for path in self._paths:
+            start, place = made.get(path), there.get(path)
+            if isinstance(start, Tensor) and isinstance(place, Tensor):
+                place.copy_(start[own])
+            else:
+                new = True
+        if new:
+            self._step(all_copies)
 
     def state(self) -> dict[str, Tensor]:
         """What is left of the starts that were made.
@@ -130,14 +159,17 @@ class Starts:
         first = {id(leaf_at(env, path)): path for path in reversed(looked)}
         return tuple(first.values()) if fit else ()
 
+    def _step(self, env: Any) -> None:  # noqa: ANN401
+        sizes = [env.get_agent_action_size(agent) for agent in env.agents]
+        env.step([torch.ones(env.num_envs, size) for size in sizes])
+
     def _watch(self, reset: Callable[[], object], seed: int) -> _Written:
         """Copies of what a reset writes, before and after, by path.
 
         The environment is played for a step before.
         """
         env = self._env
-        sizes = [env.get_agent_action_size(agent) for agent in env.agents]
-        env.step([torch.ones(MADE_AT_ONCE, size) for size in sizes])
+        self._step(env)
         before = dict(leaves(env, self._packages))
         versions = {path: x._version for path, x in before.items() if isinstance(x, Tensor)}
         copies = {path: x.clone() for path, x in before.items() if isinstance(x, Tensor)}

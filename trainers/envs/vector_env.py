@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from gradlab.checks import Failed, UsageError
+from trainers.processes import Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +198,21 @@ def kept(
     return torch.where(where, values, torch.zeros((), dtype=values.dtype))
 
 
+def cant_be_split(name: str, why: str) -> UsageError:
+    """Make the error for an environment whose copies several processes can't share.
+
+    Args:
+        name: The environment's.
+        why: Why not.
+
+    Returns:
+        The error.
+    """
+    return UsageError(
+        f"{name} can't be shared out over several processes: {why}. Train with one process."
+    )
+
+
 class RenderingFailed(Failed):
     """What is missing on this machine to draw an environment that can be drawn."""
 
@@ -217,12 +233,14 @@ class VectorEnv(ABC):
     Attributes:
         spec: What the environment looks like.
         copies: Number of copies.
+        share: Which of a training's copies they are, if several processes have some each.
         renders: Whether there is a drawing of it.
     """
 
     renders: ClassVar[bool] = False
     spec: EnvSpec
     copies: int
+    share: Share | None = None
 
     @abstractmethod
     def reset(self) -> Float[Tensor, "agent copy obs"]:

@@ -27,7 +27,9 @@ from trainers.envs.vector_env import (
     RenderingFailed,
     Step,
     VectorEnv,
+    cant_be_split,
 )
+from trainers.processes import Share
 
 RENDERING_PACKAGES = ("libegl1", "libgl1", "libglu1-mesa", "libgl1-mesa-dri")
 """Debian's names of what VMAS draws with."""
@@ -85,6 +87,7 @@ class VmasEnv(VectorEnv):
         seed: int,
         args: Mapping[str, Any],
         info: bool = False,
+        share: Share | None = None,
     ) -> None:
         files = scenario_files()
         if scenario not in files:
@@ -110,16 +113,27 @@ class VmasEnv(VectorEnv):
         self._random = list(self._shared_random)
         try:
             with self._own_random():
-                self._env = self._make(copies, seed)
+                self._env = self._make(share.of if share else copies, seed)
+            random = list(self._random)
+            if share:
+                # Random numbers are drawn for all copies at once, so all are reset, and the starts
+                # of its own are taken over.
+                self._all = self._env
+                with self._own_random():
+                    self._env = self._make(copies, seed)
+                self._random = random
         except (AssertionError, TypeError, ValueError, RuntimeError) as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"vmas/{scenario} can't be made with {settings}: {cause}") from None
         self._packages = _packages(self._env)
         self._looks_are_kept = True  # until a look shows that they are not
         self._starts: Starts | None = None  # until a copy finishes before the others
+        if share and not self._own_starts().possible:
+            raise cant_be_split(f"vmas/{scenario}", "its resets do more than place what is there")
         names = tuple(agent.name for agent in self._env.agents)
         check(agents in {None, len(names)}, "agents", f"be {len(names)} in this scenario", agents)
         self.copies = copies
+        self.share = share
         self._info = info
         observation_sizes = [space.shape[0] for space in self._env.observation_space.spaces]
         action_space, action_sizes = common_space(self._action_spaces())
@@ -136,8 +150,8 @@ class VmasEnv(VectorEnv):
     def reset(self) -> Float[Tensor, "agent copy obs"]:
         """See `VectorEnv.reset`."""
         with self._own_random(), torch.inference_mode():
-            observations = self._env.reset()
-        return self._stack(observations)
+            seen = self._begin()
+        return seen.clone()
 
     @torch.no_grad()
     def step(self, action: Int[Tensor, "agent copy"] | Float[Tensor, "agent copy action"]) -> Step:
@@ -147,16 +161,20 @@ class VmasEnv(VectorEnv):
             own = (a[:, :size] for a, size in zip(action, self.spec.action_sizes, strict=True))
         # Inference mode makes small steps faster. Its tensors cannot be written to in other modes,
         # so they stay in here; stacking and cloning makes ordinary ones.
+        random = self._random
         with self._own_random(), torch.inference_mode():
             observations, rewards, terminated, truncated, infos = self._env.step(list(own))
+        if self.share and not _same_random(random, self._random):
+            raise cant_be_split(self.spec.name, "it draws random numbers in the course of episodes")
         final = self._stack(observations)
         reward = torch.stack([r.reshape(self.copies) for r in rewards]).float()
         terminated = terminated.clone()
         ended = terminated | truncated
         observation = final
-        if ended.any():
+        ended_of_all = self.share.group.whole(ended, 0) if self.share else ended
+        if ended_of_all.any():
             with self._own_random(), torch.inference_mode():
-                observation = self._restart(ended, final)
+                observation = self._restart(ended_of_all, final)
             observation = observation.clone()
         return Step(
             observation=observation,
@@ -185,15 +203,24 @@ class VmasEnv(VectorEnv):
     def _restart(
         self, ended: Bool[Tensor, " copy"], final: Float[Tensor, "agent copy obs"]
     ) -> Float[Tensor, "agent copy obs"]:
-        """Reset the finished copies; returns what all agents act on next."""
+        """Reset the finished copies, of all; returns what all agents of its own act on next."""
         if ended.all():
-            return self._stack(self._env.reset())
+            return self._begin()
         copies, starts = ended.nonzero()[:, 0], self._own_starts()
         if starts.possible:
-            return final.index_copy(1, copies, starts.into(self._env, copies))
+            own = self.share.own if self.share else slice(0, self.copies)
+            return final.index_copy(1, *starts.into(self._env, copies, own))
         for copy in copies.tolist():
             self._env.reset_at(copy, return_observations=False)
         return final.index_copy(1, copies, self._look()[:, copies])
+
+    def _begin(self) -> Float[Tensor, "agent copy obs"]:
+        """Reset all copies; returns what the agents see then."""
+        if self.share is None:
+            return self._stack(self._env.reset())
+        seen = self._stack(self._all.reset())
+        self._own_starts().take_over(self._all, self._env, self.share.own)
+        return seen[:, self.share.own]
 
     def _look(self) -> Float[Tensor, "agent copy obs"]:
         """What all agents see now; they see it, noise and all, but no copy takes note of it.
@@ -308,6 +335,13 @@ def _make(
 def _packages(env: Any) -> tuple[str, ...]:  # noqa: ANN401
     """What the environment's state is made of; VMAS loads a scenario's file as a module."""
     return "vmas", "torch.distributions", type(env.scenario).__module__
+
+
+def _same_random(one: list[Any], other: list[Any]) -> bool:
+    """Whether two random states of VMAS, of torch, numpy and Python, are the same."""
+    (tensor, (_, keys, *rest), plain), (tensor_2, (_, keys_2, *rest_2), plain_2) = one, other
+    same = torch.equal(tensor, tensor_2) and plain == plain_2 and rest == rest_2
+    return same and np.array_equal(keys, keys_2)
 
 
 def _same(one: tuple[dict[str, Tensor], Any], other: tuple[dict[str, Tensor], Any]) -> bool:
