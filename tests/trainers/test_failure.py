@@ -58,11 +58,11 @@ def break_loss(monkeypatch):
     """Let one agent's losses be infinite in the second minibatch of one update, once."""
     step, calls = Updater._step, []
 
-    def broken(self, samples, part, weigh, random):
+    def broken(self, samples, *further):
         calls.append(1)
         if len(calls) == BROKEN * 16 + 2:
             samples["log_prob"][2] = -torch.inf
-        return step(self, samples, part, weigh, random)
+        return step(self, samples, *further)
 
     monkeypatch.setattr(Updater, "_step", broken)
 

@@ -53,10 +53,11 @@ def test_finished_copies_alone_start_anew(scenario):
         return
     before = tensors(env)
     with torch.inference_mode():
-        observation = starts.into(env._env, torch.tensor([1, 4]))
+        places, observation = starts.into(env._env, torch.tensor([1, 4]), slice(0, 5))
     after = tensors(env)
     made = {path: x for path, x in tensors_of(starts).items() if path in starts._paths}
     rows = slice(starts._used - 2, starts._used)  # some copies may have finished while we played
+    assert places.tolist() == [1, 4]
     assert observation.shape == (env.spec.agents, 2, env.spec.observation_size)
     for path, old in before.items():
         new = after[path]
