@@ -1,7 +1,7 @@
 """Across seeds: interquartile means with bootstrap intervals, and their differences."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy import stats
 
-_RESAMPLES = 2000
-_MEAN: Any = partial(stats.trim_mean, proportiontocut=0.25)
+RESAMPLES = 2000
+_BATCH = 4_000_000  # numbers that are resampled at a time, which bounds the memory
+
+Interval = tuple[
+    Float[np.ndarray, " point"], Float[np.ndarray, " point"], Float[np.ndarray, " point"]
+]
+"""Values at each point, and the lower and upper ends of their intervals."""
 
 
 def interquartile_mean(values: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -28,65 +33,110 @@ def interquartile_mean(values: NDArray[np.float64]) -> tuple[float, float, float
 
 
 def across_seeds(
-    values: Float[np.ndarray, "seed point"], resamples: int = _RESAMPLES
-) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
+    values: Float[np.ndarray, "seed point"], resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
     """Interquartile mean at each point, and its 95 % interval.
 
     Args:
         values: One row for each seed; a point with a number that is not finite is NaN.
         resamples: How often the seeds are drawn anew, all points of a seed together.
+        seed: Seed of these draws.
 
     Returns:
         Means, and the ends of their percentile bootstrap intervals, NaN for a single seed.
     """
-    mean = _of_finite(values)
-    return mean, *_interval(mean, [values], _MEAN, resamples)
+    return bootstrap([values], interquartile_mean_of, resamples, seed)
 
 
 def difference_across_seeds(
     values: Float[np.ndarray, "seed point"],
     others: Float[np.ndarray, "other_seed point"],
-    resamples: int = _RESAMPLES,
-) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
     """Difference of two groups' interquartile means at each point, and its 95 % interval.
 
     Args:
         values: One row for each seed of one group.
         others: One row for each seed of the other; seeds are drawn independently.
         resamples: How often the seeds are drawn anew.
+        seed: Seed of these draws.
 
     Returns:
         First less second, and the ends of its percentile bootstrap interval, NaN unless both groups
         have two seeds.
     """
-    mean = _of_finite(values) - _of_finite(others)
-
-    def statistic(a: Any, b: Any, axis: int = 0) -> Any:  # noqa: ANN401 -- SciPy's
-        return _MEAN(a, axis=axis) - _MEAN(b, axis=axis)
-
-    return mean, *_interval(mean, [values, others], statistic, resamples)
+    return bootstrap([values, others], _difference, resamples, seed)
 
 
-def _interval(
-    mean: NDArray[np.float64],
-    groups: Sequence[NDArray[np.float64]],
+def _difference(ours: NDArray[np.float64], theirs: NDArray[np.float64], axis: int) -> Any:  # noqa: ANN401
+    return interquartile_mean_of(ours, axis=axis) - interquartile_mean_of(theirs, axis=axis)
+
+
+def interquartile_mean_of(*strata: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """Mean of the middle half of all strata's numbers together, in which strata weigh the same.
+
+    As many numbers' weight is cut off at either end as a quarter of all makes, rounded down: of
+    strata of one size that is the trimmed mean at 25 % of the pooled numbers.
+
+    Args:
+        *strata: Arrays of one shape but for the number of draws, which may differ.
+        axis: The axis of the draws.
+
+    Returns:
+        The means, without that axis.
+    """
+    pooled = np.concatenate([np.moveaxis(x, axis, -1) for x in strata], axis=-1)
+    sizes = [x.shape[axis] for x in strata]
+    each = lcm(*sizes)  # a stratum's weight, so that those of one size count in whole numbers
+    weights = np.repeat([each / size for size in sizes], sizes)
+    order = np.argsort(pooled, axis=-1)
+    upto = np.cumsum(weights[order], axis=-1)
+    total = each * len(sizes)
+    cut = pooled.shape[-1] // 4 * total / pooled.shape[-1]
+    kept = np.minimum(upto, total - cut) - np.maximum(upto - weights[order], cut)
+    kept = np.maximum(kept, 0.0)
+    means = (kept * np.take_along_axis(pooled, order, -1)).sum(-1) / (total - 2 * cut)
+    return np.asarray(means)
+
+
+def bootstrap(
+    strata: Sequence[Float[np.ndarray, "_ point"]],
     statistic: Callable[..., Any],
-    resamples: int,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Ends of a percentile bootstrap interval, NaN if a group has a single seed."""
-    if min(map(len, groups)) == 1:
-        return np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    found = stats.bootstrap(
-        [_known(values) for values in groups],
-        statistic,
-        vectorized=True,
-        axis=0,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    low, high = (np.where(np.isfinite(mean), end, np.nan) for end in (found.low, found.high))
-    return low, high
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Estimate a number at each point of draws in strata, and its 95 % interval.
+
+    Args:
+        strata: Draws of each stratum, which may differ in number.
+        statistic: Takes each stratum's draws as an argument, and `axis`, the draws' axis.
+        resamples: How often each stratum's draws are drawn anew from that stratum, with
+            replacement, all points of a draw together.
+        seed: Seed of these draws.
+
+    Returns:
+        Values, and the ends of their percentile bootstrap intervals: NaN at points where a draw is
+        not finite; the ends also if any stratum has a single draw, whose spread is not known.
+    """
+    finite = np.logical_and.reduce([np.isfinite(draws).all(0) for draws in strata])
+    # SciPy warns of what is not finite
+    known = [np.where(finite, draws, 0.0) for draws in strata]
+    value, low, high = (np.full(finite.shape, np.nan) for _ in range(3))
+    value[finite] = statistic(*known, axis=0)[finite]
+    if min(map(len, strata)) > 1 and finite.any():
+        found = stats.bootstrap(
+            known,
+            statistic,
+            vectorized=True,
+            axis=0,
+            n_resamples=resamples,
+            batch=max(1, _BATCH // sum(draws.size for draws in known)),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        low[finite], high[finite] = found.low[finite], found.high[finite]
+    return value, low, high
 
 
 def at_equal_frames(
@@ -120,12 +170,3 @@ def at_equal_frames(
     last = min([float(frames[-1]) for frames, _ in kept] + ([] if until is None else [until]))
     grid = np.linspace(first, last, points) if last > first else np.array([first])
     return grid, np.stack([np.interp(grid, frames, values) for frames, values in kept])
-
-
-def _of_finite(values: Float[np.ndarray, "seed point"]) -> Float[np.ndarray, " point"]:
-    return np.where(np.isfinite(values).all(0), _MEAN(values, axis=0), np.nan)
-
-
-def _known(values: Float[np.ndarray, "seed point"]) -> Float[np.ndarray, "seed point"]:
-    """Put 0 where a point is NaN in the end, as SciPy warns of what is not finite."""
-    return np.where(np.isfinite(values).all(0), values, 0.0)

@@ -23,6 +23,7 @@ from dashboards.overview_tab import (
     updates_at,
 )
 from dashboards.panel import Draw, Figure, Panel, Part, Tab
+from dashboards.performance_panels import performance_panels
 from dashboards.style import message, rounded
 from dashboards.tables import RunTables
 from dashboards.text import for_plotly
@@ -54,6 +55,7 @@ def compare_tab(runs: Runs) -> Tab:
             _difference_panel(runs),
             _last_panel(runs),
             _against_return_panel(runs),
+            *performance_panels(runs),
         ],
     )
 

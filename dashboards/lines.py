@@ -1,6 +1,6 @@
 """Quantities over training: lines, bands, and where the slider stands."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,8 @@ def lines_figure(
         heights += drawn
         x = whole(one.frames)
         if one.low is not None and one.high is not None:
-            traces += _band(one, x, log=log)
+            ends = [_positive(end) if log else end for end in (one.low, one.high)]
+            traces += band(x, *ends, colour=one.colour, group=for_plotly(one.group, 80))
         entry = one.legend and one.group not in seen
         seen.add(one.group)
         traces.append({
@@ -207,23 +208,41 @@ def lines_figure(
     }
 
 
-def _band(one: Line, x: list[int | None], *, log: bool) -> list[dict[str, Any]]:
-    ends = [one.low, one.high]
-    red, green, blue = (int(one.colour[n : n + 2], 16) for n in (1, 3, 5))
+def band(
+    x: Sequence[float | None],
+    low: Iterable[float],
+    high: Iterable[float],
+    *,
+    colour: str,
+    group: str,
+) -> list[dict[str, Any]]:
+    """Draw a band behind a line.
+
+    Args:
+        x: Where.
+        low: Its lower end.
+        high: Its upper end.
+        colour: The line's, as "#rrggbb".
+        group: The line's in the legend, escaped.
+
+    Returns:
+        Two traces.
+    """
+    red, green, blue = (int(colour[n : n + 2], 16) for n in (1, 3, 5))
     return [
         {
             "type": "scatter",
             "x": x,
-            "y": rounded(_positive(end) if log else end),  # type: ignore[arg-type]
+            "y": rounded(end),
             "mode": "lines",
-            "line": {"width": 0, "color": one.colour},
-            "legendgroup": for_plotly(one.group, 80),
+            "line": {"width": 0, "color": colour},
+            "legendgroup": group,
             "showlegend": False,
             "hoverinfo": "skip",
             "connectgaps": False,
         }
         | ({"fill": "tonexty", "fillcolor": f"rgba({red},{green},{blue},0.2)"} if number else {})
-        for number, end in enumerate(ends)
+        for number, end in enumerate((low, high))
     ]
 
 

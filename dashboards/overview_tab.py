@@ -371,23 +371,7 @@ def ends_figure(
                 "marker": {"size": 7, "color": colour, "opacity": 0.55},
                 "showlegend": False,
             },
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": rounded([mean]),
-                "y": [label],
-                "error_x": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": rounded([high - mean]),
-                    "arrayminus": rounded([mean - low]),
-                    "color": colour,
-                    "thickness": 2,
-                },
-                "hovertemplate": "interquartile mean %{x:.4g}<extra></extra>",
-                "marker": {"size": 15, "symbol": "line-ns", "line": {"width": 3, "color": colour}},
-                "showlegend": False,
-            },
+            interval_mark(name, (mean, low, high), colour, "interquartile mean %{x:.4g}"),
         ]
     return {
         "data": data,
@@ -397,6 +381,40 @@ def ends_figure(
             "annotations": [] if data else message(empty),
             "meta": {"alt": "At the end: " + "; ".join(said) if said else empty},
         },
+    }
+
+
+def interval_mark(
+    name: str, estimate: tuple[float, float, float], colour: str, words: str
+) -> dict[str, Any]:
+    """Draw a number with its interval in a row of its own.
+
+    Args:
+        name: The row's, not escaped.
+        estimate: The number and the ends of its interval, NaN if it has none.
+        colour: As "#rrggbb".
+        words: On hovering, a template of plotly's.
+
+    Returns:
+        A trace.
+    """
+    value, low, high = estimate
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": rounded([value]),
+        "y": [for_plotly(name, 40)],
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": rounded([high - value]),
+            "arrayminus": rounded([value - low]),
+            "color": colour,
+            "thickness": 2,
+        },
+        "hovertemplate": f"{words}<extra></extra>",
+        "marker": {"size": 15, "symbol": "line-ns", "line": {"width": 3, "color": colour}},
+        "showlegend": False,
     }
 
 

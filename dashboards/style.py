@@ -222,3 +222,23 @@ def horizontal(y: float) -> dict[str, Any]:
         "y1": y,
         "line": {"color": QUIET, "width": 1, "dash": "dot"},
     }
+
+
+def vertical(x: float) -> dict[str, Any]:
+    """Draw an upright reference line.
+
+    Args:
+        x: Where.
+
+    Returns:
+        A shape.
+    """
+    return {
+        "type": "line",
+        "yref": "paper",
+        "x0": x,
+        "x1": x,
+        "y0": 0,
+        "y1": 1,
+        "line": {"color": QUIET, "width": 1, "dash": "dot"},
+    }

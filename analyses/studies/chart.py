@@ -1,7 +1,7 @@
 """Line charts and scatter plots as small SVG files, for reports that any viewer shows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -52,6 +52,21 @@ class Line:
         return cls(name=name, values=values, low=low, high=high)
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """A horizontal axis of numbers.
+
+    Attributes:
+        title: What they are.
+        at: Where the lines' points stand, ascending.
+        ticks: Numbers that are labelled; the first and last are its limits.
+    """
+
+    title: str
+    at: Sequence[float]
+    ticks: Sequence[float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Panel:
     """One plot.
@@ -61,12 +76,14 @@ class Panel:
         lines: What it shows.
         ticks: Heights that are labelled; the first and last are its limits.
         marks: Heights of grey lines: what is true.
+        across: Its own axis of numbers, on which intervals are bands; None: the chart's labels.
     """
 
     title: str
     lines: Sequence[Line]
     ticks: Sequence[float]
     marks: Sequence[float] = ()
+    across: Numbers | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +170,12 @@ def _cloud(cloud: Cloud, names: Sequence[str]) -> list[str]:
     return parts
 
 
-def chart(panels: Sequence[Panel], labels: Sequence[str], axis: str) -> str:
-    """Draw panels side by side over one axis of equally spaced labels.
+def chart(panels: Sequence[Panel], labels: Sequence[str] = (), axis: str = "") -> str:
+    """Draw panels side by side.
 
     Args:
         panels: The panels.
-        labels: Labels of the lines' points.
+        labels: Labels of the lines' points, equally spaced, in panels without an axis of numbers.
         axis: What the labels are.
 
     Returns:
@@ -203,12 +220,22 @@ def ticks_for(estimates: Sequence[Estimate]) -> tuple[float, ...]:
 def _panel(panel: Panel, labels: Sequence[str], axis: str, names: Sequence[str]) -> list[str]:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     low, high = panel.ticks[0], panel.ticks[-1]
+    across = panel.across
+    if across is None:
+        places: Sequence[float] = range(len(labels))
+        begin, end = -0.5, len(labels) - 0.5
+        named = list(zip(places, labels, strict=True))
+    else:
+        places = across.at
+        begin, end = across.ticks[0], across.ticks[-1]
+        named = [(tick, f"{tick:g}") for tick in across.ticks]
+        axis = across.title
 
-    def x(place: int) -> float:
-        return _LEFT + (right - _LEFT) * (place + 0.5) / len(labels)
+    def x(place: float) -> float:
+        return _LEFT + (right - _LEFT) * (place - begin) / (end - begin)
 
     def y(value: float) -> float:
-        return bottom - (bottom - _TOP) * (value - low) / (high - low)
+        return bottom - (bottom - _TOP) * (min(max(value, low), high) - low) / (high - low)
 
     parts = [f'<text x="{_LEFT}" y="18" font-weight="bold">{escape(panel.title)}</text>']
     for tick in panel.ticks:
@@ -219,32 +246,58 @@ def _panel(panel: Panel, labels: Sequence[str], axis: str, names: Sequence[str])
     parts += [f'<path d="M{_LEFT} {y(m):.1f}H{right}" stroke="{_GREY}"/>' for m in panel.marks]
     parts += [
         f'<text x="{x(place):.1f}" y="{bottom + 15}" text-anchor="middle">{escape(label)}</text>'
-        for place, label in enumerate(labels)
+        for place, label in named
     ]
     parts.append(
         f'<text x="{(_LEFT + right) / 2}" y="{bottom + 31}" text-anchor="middle">'
         f"{escape(axis)}</text>"
     )
-
-    def within(value: float) -> float:
-        return y(min(max(value, low), high))
-
     for number, line in enumerate(panel.lines):
-        points = [(place, value) for place, value in enumerate(line.values) if math.isfinite(value)]
-        if not points:
-            continue
         # Side by side, so that intervals do not hide each other.
-        aside = _ASIDE * (number - (len(panel.lines) - 1) / 2) if line.low else 0.0
-        stroke = _stroke(names.index(line.name), line.dashed)
-        at = [(f"{x(place) + aside:.1f}", f"{within(value):.1f}") for place, value in points]
-        parts.append(f'<path d="M{" L".join(" ".join(point) for point in at)}" {stroke}/>')
-        colour = _colour(names.index(line.name))
-        parts += [f'<circle cx="{cx}" cy="{cy}" r="2.5" fill="{colour}"/>' for cx, cy in at]
-        for place, (below, above) in enumerate(zip(line.low, line.high, strict=True)):
-            if math.isfinite(below) and math.isfinite(above):
-                span = f"M{x(place) + aside:.1f} {within(below):.1f}V{within(above):.1f}"
-                parts.append(f'<path d="{span}" {_stroke(names.index(line.name), False)}/>')
+        beside = line.low and across is None
+        aside = _ASIDE * (number - (len(panel.lines) - 1) / 2) if beside else 0.0
+        parts += _line(
+            line,
+            [x(place) + aside for place in places],
+            y,
+            number=names.index(line.name),
+            dense=across is not None,
+        )
     return parts
+
+
+def _line(
+    line: Line, x: Sequence[float], y: Callable[[float], float], *, number: int, dense: bool
+) -> list[str]:
+    """Draw a line: with a point and an upright interval at each place, or if dense with a band."""
+    points = [
+        f"{at:.1f} {y(value):.1f}"
+        for at, value in zip(x, line.values, strict=True)
+        if math.isfinite(value)
+    ]
+    if not points:
+        return []
+    colour = _colour(number)
+    spans = [
+        (at, y(below), y(above))
+        for at, below, above in zip(x, line.low, line.high, strict=False)
+        if math.isfinite(below) and math.isfinite(above)
+    ]
+    path = f'<path d="M{" L".join(points)}" {_stroke(number, line.dashed)}/>'
+    if dense:
+        around = [f"{at:.1f} {below:.1f}" for at, below, _ in spans]
+        around += [f"{at:.1f} {above:.1f}" for at, _, above in reversed(spans)]
+        band = f'<path d="M{" L".join(around)}Z" fill="{colour}" opacity="0.15"/>'
+        return [*([band] if spans else []), path]
+    circles = [
+        f'<circle cx="{point.split()[0]}" cy="{point.split()[1]}" r="2.5" fill="{colour}"/>'
+        for point in points
+    ]
+    upright = [
+        f'<path d="M{at:.1f} {below:.1f}V{above:.1f}" {_stroke(number, False)}/>'
+        for at, below, above in spans
+    ]
+    return [path, *circles, *upright]
 
 
 def _stroke(number: int, dashed: bool) -> str:

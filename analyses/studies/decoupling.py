@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from analyses.studies.across_tasks import across_tasks
 from analyses.studies.chart import Line, Panel, chart
 from analyses.studies.seeds import (
     difference,
@@ -83,6 +84,7 @@ def read(runs: Sequence[Run]) -> Findings:
         verdicts=_verdicts(found),
         tables={"decoupling": table.drop(columns="text"), "decoupling-runs": found},
         figures={"decoupling": _figure(table)},
+        sections=[across_tasks("decoupling", runs, over="hypermarl")],
     )
 
 

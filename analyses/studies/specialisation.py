@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from analyses.performance import task_of
+from analyses.studies.across_tasks import across_tasks
 from analyses.studies.chart import Line, Panel, chart
 from analyses.studies.seeds import (
     difference,
@@ -19,7 +21,7 @@ from analyses.studies.seeds import (
     side_by_side,
     signal_to_noise,
 )
-from analyses.studies.study import Findings, Study
+from analyses.studies.study import Findings, Section, Study
 from analyses.studies.verdict import Estimate, Verdict, judge
 from gradlab.run import Run
 from trainers.envs.matrix_games import NAMES
@@ -124,6 +126,17 @@ def read(runs: Sequence[Run]) -> Findings:
             "specialisation-reward": _figure(table, _REWARD, with_levels=True),
             "specialisation-conflict": _figure(table, _CONFLICT, with_levels=False),
         },
+        sections=[_across_tasks(runs)],
+    )
+
+
+def _across_tasks(runs: Sequence[Run]) -> Section:
+    games = {task_of(run): (run.environment, int(run.info["agents"])) for run in runs}
+    return across_tasks(
+        "specialisation",
+        runs,
+        bounds={task: (levels(*game)[0], 1.0) for task, game in games.items()},
+        scale="0 is chance, 1 the optimum",
     )
 
 

@@ -26,6 +26,25 @@ RUNS, REPORT = "runs", "report"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Section:
+    """A further part of a report, below its table.
+
+    Attributes:
+        title: Its heading.
+        about: What its numbers are.
+        shown: Its numbers as the report shows them, if it has any.
+        tables: Numbers for other programs, by name.
+        figures: SVG files by name.
+    """
+
+    title: str
+    about: str
+    shown: pd.DataFrame | None = None
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    figures: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """What a study finds.
 
@@ -34,12 +53,14 @@ class Findings:
         verdicts: What they say of each claim.
         tables: Numbers for other programs, by name.
         figures: SVG files by name.
+        sections: Further parts.
     """
 
     shown: pd.DataFrame
     verdicts: Sequence[Verdict]
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     figures: Mapping[str, str] = field(default_factory=dict)
+    sections: Sequence[Section] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +139,11 @@ def run_study(
         findings, of_runs = study.read(done), _of_runs(sweep, done, budgets[budget])
     folder = out / REPORT
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in findings.figures.items():
-        write_atomically(folder / f"{name}.svg", figure.encode())
-    for name, table in findings.tables.items():
-        write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
+    for part in (findings, *findings.sections):
+        for name, figure in part.figures.items():
+            write_atomically(folder / f"{name}.svg", figure.encode())
+        for name, table in part.tables.items():
+            write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
     report = folder / f"{study.name}.md"
     write_atomically(report, _markdown(study, budget, findings, of_runs).encode())
     return report
@@ -130,7 +152,6 @@ def run_study(
 def _markdown(
     study: Study | Simulation, budget: str, findings: Findings, of_runs: Sequence[str]
 ) -> str:
-    shown = findings.shown
     packages = ", ".join(f"{name} {version(name)}" for name in ("gradlab", "torch", "vmas"))
     lines = [
         f"# {study.question}",
@@ -140,17 +161,28 @@ def _markdown(
         "",
         *(f"- {verdict}" for verdict in findings.verdicts),
         "",
-        *(line for name in findings.figures for line in (f"![{name}]({name}.svg)", "")),
-        "| " + " | ".join(map(str, shown.columns)) + " |",
-        "|" + " --- |" * len(shown.columns),
-        *("| " + " | ".join(map(str, row)) + " |" for row in shown.itertuples(index=False)),
-        "",
-        study.about,
-        "",
-        *(f"Numbers: [{name}.csv]({name}.csv)\n" for name in findings.tables),
+        *_part(findings, study.about),
+        *(
+            line
+            for part in findings.sections
+            for line in (f"## {part.title}", "", *_part(part, part.about))
+        ),
         *of_runs,
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _part(part: Findings | Section, about: str) -> list[str]:
+    """Figures, table, what its numbers are, and where they are."""
+    lines = [line for name in part.figures for line in (f"![{name}]({name}.svg)", "")]
+    if part.shown is not None:
+        lines += [
+            "| " + " | ".join(map(str, part.shown.columns)) + " |",
+            "|" + " --- |" * len(part.shown.columns),
+            *(f"| {' | '.join(map(str, row))} |" for row in part.shown.itertuples(index=False)),
+            "",
+        ]
+    return [*lines, about, "", *(f"Numbers: [{name}.csv]({name}.csv)\n" for name in part.tables)]
 
 
 def _of_runs(sweep: Sweep, done: Sequence[Run], document: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analyses.studies.across_tasks import across_tasks
 from analyses.studies.chart import Line, Panel, chart, ticks_for
 from analyses.studies.seeds import (
     difference,
@@ -116,6 +117,7 @@ def read(runs: Sequence[Run]) -> Findings:
         verdicts=_verdicts(found),
         tables={"variance": table.drop(columns="text"), "variance-runs": found},
         figures={"variance": _figure(found, table)},
+        sections=[across_tasks("variance", runs)],
     )
 
 
