@@ -1,7 +1,6 @@
 """Across seeds: interquartile means with bootstrap intervals, and their differences."""
 
 from collections.abc import Callable, Sequence
-from math import lcm
 from typing import Any
 
 import numpy as np
@@ -88,16 +87,16 @@ def interquartile_mean_of(*strata: NDArray[np.float64], axis: int) -> NDArray[np
     """
     pooled = np.concatenate([np.moveaxis(x, axis, -1) for x in strata], axis=-1)
     sizes = [x.shape[axis] for x in strata]
-    each = lcm(*sizes)  # a stratum's weight, so that those of one size count in whole numbers
-    weights = np.repeat([each / size for size in sizes], sizes)
+    if len(set(sizes)) == 1:  # several times as fast, as nothing is weighed
+        return np.asarray(stats.trim_mean(pooled, 0.25, axis=-1))
+    weights = np.repeat([1 / size for size in sizes], sizes)
     order = np.argsort(pooled, axis=-1)
     upto = np.cumsum(weights[order], axis=-1)
-    total = each * len(sizes)
-    cut = pooled.shape[-1] // 4 * total / pooled.shape[-1]
-    kept = np.minimum(upto, total - cut) - np.maximum(upto - weights[order], cut)
+    cut = pooled.shape[-1] // 4 * len(sizes) / pooled.shape[-1]
+    kept = np.minimum(upto, len(sizes) - cut) - np.maximum(upto - weights[order], cut)
     kept = np.maximum(kept, 0.0)
-    means = (kept * np.take_along_axis(pooled, order, -1)).sum(-1) / (total - 2 * cut)
-    return np.asarray(means)
+    sums = (kept * np.take_along_axis(pooled, order, -1)).sum(-1)
+    return np.asarray(sums / (len(sizes) - 2 * cut))
 
 
 def bootstrap(

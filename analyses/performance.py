@@ -79,7 +79,8 @@ def normalise(scores: pd.DataFrame, bounds: Mapping[str, tuple[float, float]]) -
             raise unknown_name("task", task, bounds)
         low, high = bounds[task]
         rule = "be two finite numbers, the lower one first"
-        check(np.isfinite([low, high]).all() and low < high, f"bounds[{task!r}]", rule, (low, high))
+        holds = bool(np.isfinite([low, high]).all() and low < high)
+        check(holds, f"bounds[{task!r}]", rule, (low, high))
     low, high = (scores["task"].map({t: x[end] for t, x in bounds.items()}) for end in (0, 1))
     return scores.assign(score=(scores["score"] - low) / (high - low))
 
@@ -258,16 +259,16 @@ def sample_efficiency(
     _check(curves, ["frames"])
     known = curves[np.isfinite(curves["score"].to_numpy(dtype=float))]
     runs = {
-        key: tuple(run.sort_values("frames")[["frames", "score"]].to_numpy(dtype=float).T)
-        for key, run in known.groupby(_OF, sort=False)
+        key: (run["frames"].to_numpy(dtype=float), run["score"].to_numpy(dtype=float))
+        for key, unsorted in known.groupby(_OF, sort=False)
+        for run in [unsorted.sort_values("frames")]
     }
     lacking = curves[~curves.set_index(_OF).index.isin(list(runs))]
     if len(lacking):
         raise UsageError(f"`score` must be finite somewhere. Got none of {_row(lacking)}.")
-    first, last = (
-        end(frames[place] for frames, _ in runs.values()) for end, place in ((max, 0), (min, -1))
-    )
-    check(first <= last, "frames", "overlap between all curves", f"{first:g} to {last:g}")
+    first = max(frames[0] for frames, _ in runs.values())
+    last = min(frames[-1] for frames, _ in runs.values())
+    check(bool(first <= last), "frames", "overlap between all curves", f"{first:g} to {last:g}")
     grid, values = at_equal_frames(list(runs.values()), points)
     found = pd.DataFrame(list(runs), columns=_OF).assign(row=range(len(runs)))
     strata = _each(_strata(found, "row"), lambda rows: values[rows[:, 0].astype(int)])
@@ -294,7 +295,7 @@ def _check(
         ("task", "be text (are tasks and seeds swapped?)", pd.api.types.is_string_dtype),
         ("seed", "be whole numbers (are tasks and seeds swapped?)", pd.api.types.is_integer_dtype),
     ):
-        check(is_so(table[name]), name, rule, table[name].iloc[0])
+        check(is_so(table[name]), name, rule, table[name].tolist()[0])
     twice = table.duplicated([*_OF, *at])
     if twice.any():
         raise UsageError(
