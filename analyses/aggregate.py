@@ -134,7 +134,7 @@ def bootstrap(
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
-        low[finite], high[finite] = found.low[finite], found.high[finite]
+        low[finite], high[finite] = np.asarray(found.low)[finite], np.asarray(found.high)[finite]
     return value, low, high
 
 

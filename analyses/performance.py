@@ -55,7 +55,9 @@ def pooled_bounds(scores: pd.DataFrame) -> dict[str, tuple[float, float]]:
     _check(scores, maybe_curves=True)
     ends = scores.groupby("task", sort=False)["score"].agg(["min", "max"])
     return {
-        str(of.Index): (float(of.min), float(of.max)) for of in ends.itertuples() if of.min < of.max
+        str(task): (float(low), float(high))
+        for task, low, high in zip(ends.index, ends["min"], ends["max"], strict=True)
+        if low < high
     }
 
 
@@ -81,8 +83,8 @@ def normalise(scores: pd.DataFrame, bounds: Mapping[str, tuple[float, float]]) -
         rule = "be two finite numbers, the lower one first"
         holds = bool(np.isfinite([low, high]).all() and low < high)
         check(holds, f"bounds[{task!r}]", rule, (low, high))
-    low, high = (scores["task"].map({t: x[end] for t, x in bounds.items()}) for end in (0, 1))
-    return scores.assign(score=(scores["score"] - low) / (high - low))
+    zero, one = (scores["task"].map({t: x[end] for t, x in bounds.items()}) for end in (0, 1))
+    return scores.assign(score=(scores["score"] - zero) / (one - zero))
 
 
 def in_all_methods(scores: pd.DataFrame) -> pd.DataFrame:

@@ -178,6 +178,12 @@ def _profile(scores: _Scores, choices: Choices) -> Figure:  # noqa: ARG001
     }
 
 
+def _rows(table: pd.DataFrame) -> list[tuple[str, tuple[float, float, float]]]:
+    """Methods with their values and intervals."""
+    columns = (table[name].tolist() for name in ("method", "value", "low", "high"))
+    return [(method, (value, low, high)) for method, value, low, high in zip(*columns, strict=True)]
+
+
 def _aggregates(scores: _Scores, choices: Choices) -> Figure:  # noqa: ARG001
     measures = {
         "IQM": performance.iqm,
@@ -187,16 +193,11 @@ def _aggregates(scores: _Scores, choices: Choices) -> Figure:  # noqa: ARG001
     data, layout, said = [], {}, []
     for number, (measure, of) in enumerate(measures.items()):
         axis, left = "" if number == 0 else str(number + 1), number / len(measures)
-        for row in of(scores.known, resamples=_RESAMPLES).itertuples():
-            label = scores.labels[row.method]
-            text = f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})"
+        for method, found in _rows(of(scores.known, resamples=_RESAMPLES)):
+            label = scores.labels[method]
+            text = "{:.2f} ({:.2f} to {:.2f})".format(*found)
             said.append(f"{measure} of {label} {text}")
-            mark = interval_mark(
-                label,
-                (row.value, row.low, row.high),
-                scores.marks[row.method].colour,
-                f"{measure} {text}",
-            )
+            mark = interval_mark(label, found, scores.marks[method].colour, f"{measure} {text}")
             words = {"mode": "markers+text", "text": [text], "textposition": "top center"}
             data.append(
                 mark | words | {"xaxis": f"x{axis}", "yaxis": "y", "textfont": {"size": 11}}
@@ -223,20 +224,14 @@ def _improvement(scores: _Scores, choices: Choices) -> Figure:
     if over not in scores.labels:
         return nothing("the method chosen under Against has no two runs on these tasks")
     data, said = [], []
-    for row in performance.probability_of_improvement(
-        scores.known, over, resamples=_RESAMPLES
-    ).itertuples():
-        label = scores.labels[row.method]
-        text = f"{row.value:.0%} ({row.low:.0%} to {row.high:.0%})"
+    table = performance.probability_of_improvement(scores.known, over, resamples=_RESAMPLES)
+    for method, found in _rows(table):
+        label = scores.labels[method]
+        text = "{:.0%} ({:.0%} to {:.0%})".format(*found)
         said.append(f"{label} {text}")
-        data.append(
-            interval_mark(
-                label,
-                (row.value, row.low, row.high),
-                scores.marks[row.method].colour,
-                f"earns more than {over}: {text}",
-            )
-        )
+        words = f"earns more than {over}: {text}"
+        words = for_plotly(words, 120).replace("%", "&#37;")
+        data.append(interval_mark(label, found, scores.marks[method].colour, words))
     return {
         "data": data,
         "layout": {

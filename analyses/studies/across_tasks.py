@@ -110,11 +110,11 @@ def _curves(
     wanted = set(scores[["method", "task", "seed"]].itertuples(index=False, name=None))
     curves = []
     for run in runs:
-        key = (run.method, task(run), int(run.info["seed"]))
-        if key in wanted:
+        of, seed = task(run), int(run.info["seed"])
+        if (run.method, of, seed) in wanted:
             found = series(run, quantity)
-            places = dict(zip(("method", "task", "seed"), key, strict=True))
-            curves.append(found[["frames"]].assign(**places, score=found["value"]))
+            places = found[["frames"]].assign(method=run.method, task=of, seed=seed)
+            curves.append(places.assign(score=found["value"]))
     return pd.concat(curves, ignore_index=True)
 
 

@@ -139,7 +139,8 @@ def run_study(
         findings, of_runs = study.read(done), _of_runs(sweep, done, budgets[budget])
     folder = out / REPORT
     folder.mkdir(parents=True, exist_ok=True)
-    for part in (findings, *findings.sections):
+    parts: list[Findings | Section] = [findings, *findings.sections]
+    for part in parts:
         for name, figure in part.figures.items():
             write_atomically(folder / f"{name}.svg", figure.encode())
         for name, table in part.tables.items():

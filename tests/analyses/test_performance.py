@@ -9,13 +9,13 @@ from analyses import performance
 from analyses.aggregate import across_seeds, bootstrap, interquartile_mean_of
 from gradlab.checks import UsageError
 
-TAUS = (-0.5, 0.0, 0.3, 2.0)
+TAUS = (3.0, 5.0, 6.5, 12.0)
 
 
 def table(seeds, rng, round_to=6):
-    """Scores of methods, of as many seeds for each task as said."""
+    """Scores of methods, of as many seeds for each task as said, about which they lie."""
     rows = [
-        (method, task, seed, round(rng.normal(size), round_to))
+        (method, task, seed, round(rng.normal(loc=size), round_to))
         for method, tasks in seeds.items()
         for task, size in tasks.items()
         for seed in range(size)
@@ -72,14 +72,17 @@ def slow_improvement(tasks, others):
     return sum(shares) / len(shares)
 
 
-def slow_interval(statistic, strata, draws=1500):
-    """Quantiles of a statistic over groups of strata whose runs are drawn anew one by one."""
+def assert_ends(row, statistic, strata, draws=1500):
+    """Ends cut off a fortieth of a statistic of groups of strata drawn anew run by run."""
     rng = np.random.default_rng(7)
     found = []
     for _ in range(draws):
         drawn = [[[r[rng.integers(len(r))] for _ in r] for r in group] for group in strata]
         found.append(statistic(*drawn))
-    return np.quantile(found, (0.025, 0.975))
+    for end, share in ((row["low"], 0.025), (row["high"], 0.975)):
+        below, upto = (np.mean(np.array(found) < end + rounding) for rounding in (-1e-9, 1e-9))
+        # three standard errors of that many draws here and 2000 there
+        assert below - 0.016 <= share <= upto + 0.016
 
 
 MEASURES = [
@@ -97,10 +100,7 @@ def test_measures_are_those_of_loops_over_tasks_and_seeds(measure, slow):
     for method in ("a", "b"):
         tasks = slow_scores(scores, method)
         assert found["value"][method] == pytest.approx(slow(tasks), rel=1e-12)
-    tasks = slow_scores(scores, "a")
-    low, high = slow_interval(slow, [tasks])
-    assert found["low"]["a"] == pytest.approx(low, abs=0.06 * (high - low))
-    assert found["high"]["a"] == pytest.approx(high, abs=0.06 * (high - low))
+    assert_ends(found.loc["a"], slow, [slow_scores(scores, "a")])
     assert found.loc["a", ["tasks", "fewest_seeds", "most_seeds"]].tolist() == [3, 4, 7]
 
 
@@ -110,8 +110,7 @@ def test_probability_of_improvement_is_that_of_all_pairs_of_runs():
     ours, theirs = (slow_scores(scores, method) for method in ("a", "b"))
     assert found[["method", "over"]].to_numpy().tolist() == [["a", "b"]]
     assert found["value"][0] == pytest.approx(slow_improvement(ours, theirs), rel=1e-12)
-    low, high = slow_interval(slow_improvement, [ours, theirs], draws=800)
-    assert (found["low"][0], found["high"][0]) == pytest.approx((low, high), abs=0.03)
+    assert_ends(found.iloc[0], slow_improvement, [ours, theirs])
     back = performance.probability_of_improvement(scores, "a")
     assert back["value"][0] == pytest.approx(1 - found["value"][0], rel=1e-12)
     assert back.loc[0, ["tasks", "fewest_seeds", "most_seeds"]].tolist() == [3, 3, 7]
@@ -132,11 +131,11 @@ def test_performance_profile_is_the_share_of_runs_above_each_threshold():
         assert row.value == pytest.approx(slow, rel=1e-12)
         assert row.low <= row.value <= row.high
     ours = slow_scores(scores, "a")
-    low, high = slow_interval(
-        lambda tasks: slow_mean([[float(v > 0) for v in runs] for runs in tasks]), [ours]
+    row = found[(found["method"] == "a") & (found["threshold"] == 5)].iloc[0]
+    assert 0 < row["low"] < row["high"] < 1
+    assert_ends(
+        row, lambda tasks: slow_mean([[float(v > 5) for v in runs] for runs in tasks]), [ours]
     )
-    row = found[(found["method"] == "a") & (found["threshold"] == 0)].iloc[0]
-    assert (row["low"], row["high"]) == pytest.approx((low, high), abs=0.04)
 
 
 def test_sample_efficiency_is_the_interquartile_mean_at_frames_that_all_have():
@@ -277,21 +276,22 @@ def draw_tasks(rng, seeds, repetitions):
 
 
 def test_intervals_of_strata_hold_the_truth_and_those_of_swapped_axes_do_not():
-    draws = draw_tasks(np.random.default_rng(0), 16, 800)
-    assert 0.93 <= coverage(interquartile_mean_of, draws, 0.0, 300) <= 0.97
+    draws = draw_tasks(np.random.default_rng(0), 30, 800)
+    assert 0.93 <= coverage(interquartile_mean_of, draws, 0.0, 200) <= 0.97
     # tasks drawn in place of seeds: intervals of the tasks' spread
-    assert coverage(interquartile_mean_of, draws, 0.0, 300, mixed=True) > 0.99
+    assert coverage(interquartile_mean_of, draws[..., :200], 0.0, 200, mixed=True) > 0.99
     # and of a single task no interval at all, however unsure the mean is
     one = draws[:1].transpose(1, 0, 2)
     assert np.isnan(bootstrap(list(one), interquartile_mean_of)[1]).all()
     # runs of a task whose episodes were taken for further seeds: too narrow
-    episodes = np.repeat(draws[..., :200], 10, axis=1)
-    assert coverage(interquartile_mean_of, episodes, 0.0, 100) < 0.7
+    episodes = np.repeat(draws[..., :100], 10, axis=1)
+    assert coverage(interquartile_mean_of, episodes, 0.0, 100) < 0.6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [10, 20, 40])
-def test_intervals_of_every_measure_hold_the_truth(seeds):
+@pytest.mark.parametrize(("seeds", "least"), [(5, 0.8), (10, 0.9), (20, 0.92), (40, 0.93)])
+def test_intervals_of_every_measure_hold_the_truth(seeds, least):
+    """Of few seeds less often: as few are drawn anew as there are, which vary too little."""
     rng = np.random.default_rng(seeds)
     draws = draw_tasks(rng, seeds, 4000)
     runs = 0.5 * (1 + math.erf(1 / 2))  # P(X > Y) of normals with means 1 apart
@@ -301,8 +301,6 @@ def test_intervals_of_every_measure_hold_the_truth(seeds):
         + math.exp(-((1 - level) ** 2) / 2) / math.sqrt(2 * math.pi)
         for level in (-3, -1, 1, 3)
     ])
-    # as few seeds are drawn anew as there are, intervals of 10 are narrow by the root of 9/10
-    least = 0.92 if seeds == 10 else 0.93
     for statistic, of, truth in (
         (interquartile_mean_of, draws, 0.0),
         (performance._mean, draws, 0.0),
@@ -313,4 +311,4 @@ def test_intervals_of_every_measure_hold_the_truth(seeds):
         assert least <= coverage(statistic, of, truth, 1000) <= 0.97
     better = 1 + draw_tasks(rng, seeds, 1000)
     both = np.concatenate([better, draws[..., :1000]])
-    assert least <= coverage(performance._improvement, both, runs, 500) <= 0.97
+    assert least <= coverage(performance._improvement, both, runs, 300) <= 0.97
