@@ -362,8 +362,30 @@ def test_command_that_is_ended_leaves_no_training_behind(tmp_path, number):
     wait_until(lambda: all(open_run(folder).state == "stopped" for folder in folders))
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster can be reached at 127.0.0.1:1: "),
+        (":x", "`address` must be HOST:PORT. Got address=':x'"),
+        ("127.0.0.1:99999999999999999999", "no Ray cluster can be reached at 127.0.0.1:9"),
+    ],
+)
+def test_unreachable_cluster_is_one_line_and_nothing_is_trained(
+    tmp_path, monkeypatch, capsys, address, message
+):
+    monkeypatch.chdir(tmp_path)
+    # told before Ray is loaded, so that this also holds where it is not installed
+    monkeypatch.setattr("trainers.sweeps.ray_engine.require", lambda *_, **__: None)
+    (tmp_path / "s.yaml").write_text("grid: {seed: [0]}")
+    assert main(["sweep", "s.yaml", "--engine", "ray", "--address", address]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
+
+
 @pytest.mark.slow
-def test_ray_trains_the_same_and_tries_a_killed_task_again(tmp_path, capsys):
+def test_ray_trains_the_same_and_tries_a_killed_task_again(tmp_path):
     psutil = pytest.importorskip("psutil")
     pytest.importorskip("ray")
     settings = TINY | {"frames": 64 * 500}
@@ -388,9 +410,3 @@ def test_ray_trains_the_same_and_tries_a_killed_task_again(tmp_path, capsys):
     for seed, name in enumerate([first, second]):
         train_settings(settings | {"seed": seed}, tmp_path / name)
         same_end(tmp_path / name, sweep.folders[name])
-    (tmp_path / "s.yaml").write_text(json.dumps(document))
-    for address, message in (("127.0.0.1:1", "no Ray cluster can be reached"), (":x", "HOST:PORT")):
-        assert (
-            main(["sweep", str(tmp_path / "s.yaml"), "--engine", "ray", "--address", address]) == 2
-        )
-        assert message in capsys.readouterr().err
