@@ -5,8 +5,9 @@ from analyses.studies.bias import BIAS
 from analyses.studies.decoupling import DECOUPLING
 from analyses.studies.embeddings import EMBEDDINGS
 from analyses.studies.mechanism import MECHANISM
+from analyses.studies.scaling import SCALING
 from analyses.studies.specialisation import SPECIALISATION
-from analyses.studies.study import Simulation, Study, run_study
+from analyses.studies.study import Simulation, Study, report_of, run_study
 from analyses.studies.variance import VARIANCE
 from gradlab.registry import Registry
 
@@ -21,9 +22,10 @@ STUDIES: Registry[Study | Simulation] = Registry(
             ADAPTABILITY,
             EMBEDDINGS,
             MECHANISM,
+            SCALING,
             BIAS,
         )
     },
 )
 
-__all__ = ["STUDIES", "Simulation", "Study", "run_study"]
+__all__ = ["STUDIES", "Simulation", "Study", "report_of", "run_study"]

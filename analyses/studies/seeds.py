@@ -16,18 +16,33 @@ FEWEST = 5
 _WHOLE_ACTOR = {"network": "actor", "layer": "all"}
 
 
-def over_last_tenth(run: Run, quantity: str) -> float:
-    """Mean of a recorded scalar over the last tenth of a training's updates.
+def over_last_tenth(run: Run, quantity: str, **where: object) -> float:
+    """Mean of a recorded number over the last tenth of a training's updates.
 
     Args:
         run: A finished run.
         quantity: Its name.
+        **where: A label on each of its axes, if it has some.
 
     Returns:
         The mean over the updates that have it, NaN if none does.
     """
-    values = run.quantity(quantity).to_numpy()
+    values = run.quantity(quantity, where=where).to_numpy()
     return _mean(values[-max(1, len(values) // 10) :])
+
+
+def last(run: Run, quantity: str, **where: object) -> float:
+    """Look up the last record of a number, e.g. of the evaluation after a training's last update.
+
+    Args:
+        run: A finished run.
+        quantity: Its name.
+        **where: A label on each of its axes, if it has some.
+
+    Returns:
+        The number.
+    """
+    return float(run.quantity(quantity, where=where)[-1])
 
 
 def over_training(run: Run, quantity: str, space: str | None = None) -> float:

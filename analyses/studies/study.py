@@ -1,7 +1,7 @@
 """What a study is, and how it is run: a sweep or a simulation, then one report."""
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -101,6 +101,19 @@ class Simulation:
     draw: Callable[[int, Progress], Findings]
 
 
+def report_of(name: str, out: Path) -> Path:
+    """Name the report that a study writes.
+
+    Args:
+        name: The study's name.
+        out: Its folder.
+
+    Returns:
+        The file, whether or not it is there.
+    """
+    return out / REPORT / f"{name}.md"
+
+
 def run_study(
     study: Study | Simulation,
     budget: str,
@@ -137,7 +150,8 @@ def run_study(
         if not done:
             raise Failed(f"no run of the study is done, so there is nothing to report: {out}")
         findings, of_runs = study.read(done), _of_runs(sweep, done, budgets[budget])
-    folder = out / REPORT
+    report = report_of(study.name, out)
+    folder = report.parent
     folder.mkdir(parents=True, exist_ok=True)
     parts: list[Findings | Section] = [findings, *findings.sections]
     for part in parts:
@@ -145,7 +159,6 @@ def run_study(
             write_atomically(folder / f"{name}.svg", figure.encode())
         for name, table in part.tables.items():
             write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
-    report = folder / f"{study.name}.md"
     write_atomically(report, _markdown(study, budget, findings, of_runs).encode())
     return report
 
@@ -208,13 +221,28 @@ def _of_runs(sweep: Sweep, done: Sequence[Run], document: Mapping[str, Any]) -> 
     missing = {name: s for name, s in sweep.states.items() if s.kind not in {"kept", "done"}}
     if missing:
         lines += [
-            f"**{len(missing)} of {len(sweep.states)} runs are missing**, so that seeds are not "
-            "equal between methods:",
+            f"**{len(missing)} of {len(sweep.states)} runs are missing:**",
             "",
             *(f"- {name}: {state.kind} {state.cause}".rstrip() for name, state in missing.items()),
             "",
+            "Seeds are therefore not equal between methods; what is not listed has all of its own:",
+            "",
+            *_unequal(sweep, missing),
+            "",
         ]
     return lines
+
+
+def _unequal(sweep: Sweep, missing: Collection[str]) -> Iterator[str]:
+    """Seeds of the runs that differ in nothing else, where some are missing."""
+    groups: dict[str, list[str]] = {}
+    for name, run in sweep.runs.items():
+        others = (f"{key}={value}" for key, value in run.differing.items() if key != "seed")
+        groups.setdefault(", ".join(others) or run.config.scheme, []).append(name)
+    for group, names in groups.items():
+        seeds = [str(sweep.runs[name].config.seed) for name in names if name not in missing]
+        if len(seeds) < len(names):
+            yield f"- {group}: {len(seeds)} of {len(names)} seeds ({', '.join(seeds) or 'none'})"
 
 
 def _plain(value: object) -> object:

@@ -1,8 +1,6 @@
 """Does HyperMARL's policy gradient vary less, and by more than its size alone explains?"""
 
-import json
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,12 +17,10 @@ from analyses.studies.seeds import (
     side_by_side,
     signal_to_noise,
 )
+from analyses.studies.size import trained_parameters
 from analyses.studies.study import Findings, Study
 from analyses.studies.verdict import Estimate, Verdict, judge
 from gradlab.run import Run
-from trainers.config import TrainConfig
-from trainers.description import describe_networks
-from trainers.loop import Trainer
 
 METHODS = ("fups-id", "nops", "hypermarl-linear", "hypermarl")
 
@@ -64,26 +60,6 @@ def _sweep(presets: Sequence[str], settings: dict[str, Any], seeds: int) -> dict
             "seed": list(range(seeds)),
         },
     }
-
-
-@cache
-def _trained(config: str) -> int:
-    """How many parameters the actors have, of all agents together."""
-    trainer = Trainer(TrainConfig.model_validate_json(config))
-    return sum(x.psi for x in describe_networks(trainer) if x.network == "actor")
-
-
-def trained_parameters(run: Run) -> int:
-    """Count the parameters that are trained for the policies of all agents together.
-
-    Args:
-        run: A run.
-
-    Returns:
-        Their number: how many coordinates the coordinate variance is over.
-    """
-    # The seed makes no difference, and runs of other seeds need not be made anew.
-    return _trained(json.dumps(run.config | {"seed": 0, "log": []}, sort_keys=True))
 
 
 def _row(run: Run) -> dict[str, Any]:

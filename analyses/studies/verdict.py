@@ -57,8 +57,8 @@ def judge(
     claim: str,
     estimates: Mapping[str, Estimate],
     *,
-    above: float = -math.inf,
-    below: float = math.inf,
+    above: int | float = -math.inf,
+    below: int | float = math.inf,
     form: str = ".3f",
 ) -> Verdict:
     """Judge a claim that numbers lie above, below or between bounds.

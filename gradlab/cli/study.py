@@ -25,14 +25,17 @@ def study(options: argparse.Namespace) -> None:
     Raises:
         Failed: If runs failed; the report is then of the others.
     """
-    from analyses.studies import STUDIES, run_study
+    from analyses.studies import STUDIES, report_of, run_study
 
     if options.name == "list":
         for name, known in STUDIES.items():
             print(f"{name}: {known.question} Budgets: {', '.join(known.budgets)}.")
+            for report in (report_of(name, _usual_out(name, budget)) for budget in known.budgets):
+                if report.exists():
+                    print(f"  report: {report}")
         return
     chosen = STUDIES[options.name]
-    out = options.out or Path("runs", "studies", f"{chosen.name}-{options.budget}")
+    out = options.out or _usual_out(chosen.name, options.budget)
     words = ["gradlab", "study", chosen.name, "--budget", options.budget, "--out", str(out)]
     failures: list[Failed] = []
 
@@ -64,3 +67,7 @@ def study(options: argparse.Namespace) -> None:
     print(f"Report: {report}")
     if failures:
         raise failures[0]
+
+
+def _usual_out(name: str, budget: str) -> Path:
+    return Path("runs", "studies", f"{name}-{budget}")

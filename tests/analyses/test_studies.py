@@ -23,8 +23,9 @@ from analyses.studies.mechanism import report as report_mechanism
 from analyses.studies.mechanism import row_of as row_of_mechanism
 from analyses.studies.relabelling import gaps
 from analyses.studies.seeds import FEWEST, difference, estimate, over_training
+from analyses.studies.size import trained_parameters
 from analyses.studies.specialisation import LEARNED, METHODS, SPECIALISATION, levels
-from analyses.studies.variance import VARIANCE, trained_parameters
+from analyses.studies.variance import VARIANCE
 from analyses.studies.verdict import Estimate, judge
 from gradlab.checks import Failed, UsageError
 from gradlab.cli import run as main
@@ -124,7 +125,7 @@ def test_study_trains_what_is_missing_and_reports(tmp_path):
 
 
 def test_report_is_of_the_runs_that_are_done_and_says_what_is_missing(tmp_path):
-    study = small(SPECIALISATION, env=["specialisation"], agents=[2, 0], seed=[0])
+    study = small(SPECIALISATION, env=["specialisation"], agents=[2, 0], seed=[0, 1])
     study = dataclasses.replace(
         study,
         budgets={
@@ -132,9 +133,19 @@ def test_report_is_of_the_runs_that_are_done_and_says_what_is_missing(tmp_path):
             | {"grid": study.budgets["quick"]["grid"] | {"method": ["fups"]}}
         },
     )
+
+    def train_all_but_one(sweep):
+        left = sweep.states.pop("2ag-seed1")
+        train(sweep)
+        sweep.states["2ag-seed1"] = left
+
+    text = run_study(study, "quick", tmp_path, train=train_all_but_one).read_text()
+    assert "**3 of 4 runs are missing:**" in text
+    assert "- 2ag-seed1: waiting\n" in text
+    assert "- 0ag-seed1: failed `agents` must be at least 1. Got agents=0." in text
+    assert "- agents=2: 1 of 2 seeds (0)\n- agents=0: 0 of 2 seeds (none)\n" in text
     text = run_study(study, "quick", tmp_path, train=train).read_text()
-    assert "**1 of 2 runs are missing**, so that seeds are not equal between methods" in text
-    assert "- 0ag: failed `agents` must be at least 1. Got agents=0." in text
+    assert text.endswith("all of its own:\n\n- agents=0: 0 of 2 seeds (none)\n")
     nothing = dataclasses.replace(
         study,
         budgets={"quick": {"settings": TINY, "grid": {"agents": [0]}}},
@@ -188,6 +199,19 @@ def test_settings_of_a_run_are_kept_on_resuming(tmp_path):
     (tmp_path / "r" / "run.json").unlink()
     with pytest.raises(UsageError, match="has lost its settings"):
         train_settings(settings, tmp_path / "r")
+
+
+def test_list_names_questions_and_the_reports_that_are_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    report = Path("runs", "studies", "variance-standard", "report", "variance.md")
+    report.parent.mkdir(parents=True)
+    report.write_text("# What came of it\n")
+    assert main(["study", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(STUDIES) + 1
+    (place,) = (n for n, line in enumerate(lines) if line.startswith("variance: Does HyperMARL"))
+    assert lines[place].endswith("Budgets: quick, standard, full.")
+    assert lines[place + 1] == f"  report: {report}"
 
 
 def test_unknown_budget_and_study_are_refused(tmp_path, capsys):
