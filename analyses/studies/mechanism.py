@@ -47,7 +47,7 @@ _FIGURES = {
 _BY = ("game", _SCHEME)
 
 
-def set_to(cosine: float) -> str:
+def set_to(cosine: int | float) -> str:
     """Name the runs whose coupling is set by hand.
 
     Args:

@@ -155,7 +155,7 @@ def select(found: pd.DataFrame, figure: str, **where: object) -> list[float]:
         One number for each run.
     """
     kept = np.logical_and.reduce([found[name] == value for name, value in where.items()])
-    return found.loc[kept, figure].dropna().tolist()
+    return found.loc[kept, figure].dropna().astype(float).tolist()
 
 
 def estimates(found: pd.DataFrame, by: Sequence[str], figures: Mapping[str, str]) -> pd.DataFrame:
@@ -173,7 +173,7 @@ def estimates(found: pd.DataFrame, by: Sequence[str], figures: Mapping[str, str]
     for group, runs in found.groupby(list(by), sort=False):
         labels = dict(zip(by, group if isinstance(group, tuple) else (group,), strict=True))
         for figure, form in figures.items():
-            values = runs[figure].dropna().tolist()
+            values = runs[figure].dropna().astype(float).tolist()
             number = estimate(values)
             rows.append(
                 labels

@@ -46,7 +46,7 @@ def diagnosed(conflict, cosine=0.0, signal=1.0):
         "mean_cosine": labelled(np.array([[[cosine], [0.9]]]), AXES),
         "squared_norm_debiased": labelled(signal, {**AXES, "agent": [0, 1]}),
         "variance_mean": labelled(2.0, {**AXES, "agent": [0, 1]}),
-        "coordinate_variance": labelled(0.5, {"network": ["actor"], "layer": ["all"]}),
+        "coordinate_variance": labelled(0.5, {"network": ["actor"]}),
     }
 
 
