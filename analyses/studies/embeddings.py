@@ -215,7 +215,7 @@ def _verdicts(found: pd.DataFrame, tests: Mapping[str, Mapping[str, Relabelled]]
 
 
 def _distances_over_training(runs: Sequence[Run]) -> str:
-    """Mean distance of embeddings between the pairs, and between the others, over updates."""
+    """How far embeddings moved apart, within the pairs and across, over updates."""
     pair = np.array(PAIRS)
     same = (pair[:, None] == pair) & ~np.eye(AGENTS, dtype=bool)
     sides = {"agents 0 and 1, 2 and 3": same, "other pairs": pair[:, None] != pair}
@@ -233,14 +233,16 @@ def _distances_over_training(runs: Sequence[Run]) -> str:
         ]
         lines = {
             name: [
-                estimate([float(seed[place][side].mean()) for seed in distances])
+                estimate([
+                    float(seed[place][side].mean() / seed[0][side].mean()) - 1 for seed in distances
+                ])
                 for place in range(len(kept))
             ]
             for name, side in sides.items()
         }
         panels.append(
             Panel(
-                title=f"{goals}: distance of embeddings",
+                title=f"{goals}: growth of embeddings' distance",
                 lines=[Line.of(name, numbers) for name, numbers in lines.items()],
                 ticks=ticks_for([x for numbers in lines.values() for x in numbers]),
             )
@@ -335,8 +337,9 @@ EMBEDDINGS = Study(
     "best, agent by agent (docs/geometry.md), so that it is no finding that the points of one "
     "agent are near each other; points are agents' numbers, colours their goals. In t-SNE's, "
     "sizes and distances between clusters mean little.\n\n"
-    "The paper shows embeddings of single runs without a test. Here are fewer frames, copies "
-    "and steps than its budget has, and smaller networks (but for `--budget full`); the "
-    "settings of PPO are chosen, as its own were not found.",
+    "The official code saves embeddings; nothing that projects or tests them was found. Here "
+    "are fewer frames, copies and steps than the paper's budget has, and smaller networks "
+    "(but for `--budget full`); the settings of PPO are chosen, as the paper's were not "
+    "found.",
     read=read,
 )
