@@ -192,20 +192,23 @@ def _figure(table: pd.DataFrame) -> str:
     return chart(panels, goals, "goals")
 
 
-def _sweep(presets: Sequence[str], settings: dict[str, Any], seeds: int) -> dict[str, Any]:
-    grouped = [preset for preset in presets if "-2ag-" not in preset]
-    navigation = [preset for preset in presets if preset.startswith("navigation")]
-    further = [{"preset": preset, "method": SEPS} for preset in grouped]
-    further += [{"preset": p, "algorithm": HAPPO, "method": "nops"} for p in navigation]
-    return {
+def _sweep(
+    presets: Sequence[str],
+    settings: dict[str, Any],
+    seeds: int,
+    methods: Sequence[str] = METHODS,
+    further: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    sweep = {
         "settings": {"diagnostics": "full", "evaluation": {"every": 0}, **settings},
         "grid": {
             "preset": list(presets),
-            "method": list(METHODS),
+            "method": list(methods),
             "seed": list(range(seeds)),
         },
-        "runs": [run | {"seed": seed} for run in further for seed in range(seeds)],
     }
+    runs = [run | {"seed": seed} for run in further for seed in range(seeds)]
+    return sweep | ({"runs": runs} if runs else {})
 
 
 _NAVIGATION = tuple(
@@ -214,6 +217,9 @@ _NAVIGATION = tuple(
     for goals in ("same", "half", "different")
     if (agents, goals) != (2, "half")
 )
+_PRESETS = (*_NAVIGATION, "dispersion")
+_FURTHER = [{"preset": preset, "method": SEPS} for preset in _PRESETS if "-2ag-" not in preset]
+_FURTHER += [{"preset": preset, "algorithm": HAPPO, "method": "nops"} for preset in _NAVIGATION]
 _SMALL = {
     "copies": 64,
     "steps": 32,
@@ -232,13 +238,15 @@ ADAPTABILITY = Study(
             ("navigation-4ag-same", "navigation-4ag-different"),
             _SMALL | {"frames": 22_528, "every": 10, "effects_every": 10},
             5,
+            methods=(*ROBUST, "dico"),
         ),
         "standard": _sweep(
-            (*_NAVIGATION, "dispersion"),
+            _PRESETS,
             _SMALL | {"frames": 411_648, "every": 40, "effects_every": 40},
             5,
+            further=_FURTHER,
         ),
-        "full": _sweep((*_NAVIGATION, "dispersion"), {"every": 40}, 10),
+        "full": _sweep(_PRESETS, {"every": 40}, 10, further=_FURTHER),
     },
     about="Interquartile means over seeds with 95 % percentile bootstrap intervals (none for fewer "
     "than 5 seeds). VMAS Navigation, with one goal for all agents (same), a goal for half of "
@@ -253,6 +261,7 @@ ADAPTABILITY = Study(
     "more than 2 agents (docs/baselines.md).\n\n"
     "Not as in the paper (but for `--budget full`): fewer frames, copies and steps, small "
     "equal networks for all methods, and one chosen set of PPO's settings, while the paper "
-    "tuned some of them for each method; its returns are shown in figures only.",
+    "searched some of them for dico; its returns are shown in figures only. `--budget quick` "
+    "is of five methods and two scenarios, and ends while all of them still learn.",
     read=read,
 )
