@@ -222,7 +222,7 @@ def _panel(panel: Panel, labels: Sequence[str], axis: str, names: Sequence[str])
     low, high = panel.ticks[0], panel.ticks[-1]
     across = panel.across
     if across is None:
-        places: Sequence[float] = range(len(labels))
+        places: Sequence[float] = [float(place) for place in range(len(labels))]
         begin, end = -0.5, len(labels) - 0.5
         named = list(zip(places, labels, strict=True))
     else:
