@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import hostile
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, seed, settings
@@ -17,6 +18,7 @@ from analyses.conflict import conflict_table, explain
 from dashboards.page import page_html
 from gradlab.checks import Failed, UsageError
 from gradlab.cli import run as command
+from gradlab.quantity import Quantity
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter
 from trainers.agent_policy import load_policy
@@ -95,6 +97,23 @@ def whole(tmp_path_factory):
     return hostile.content(folder)
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A run of as few quantities as there are kinds of: reading takes longer than damaging."""
+    folder = tmp_path_factory.mktemp("few") / "run"
+    axes = {"network": ["actor"], "space": ["psi", "theta"], "layer": ["all"]}
+    axes |= {"agent": [0, 1], "agent_other": [0, 1]}
+    with RunWriter(folder) as writer:
+        writer.describe(method="fups", environment="e", agents=2, seed=0, state="done", config={})
+        for update in range(3):
+            values = np.full((1, 2, 1, 2, 2), update / 2)
+            cosine = Quantity(values=values, dims=tuple(axes), coords=axes, unit="1")
+            count = Quantity(values=np.int64(update), unit="frames")
+            own = Quantity(values=np.ones(3, "f4"), dims=("x",), coords={"x": [0.5, 1, 2]})
+            writer.write(update, {"cosine": cosine, "frames": count, "own": own})
+    return hostile.content(folder)
+
+
 def look(folder):
     run = open_run(folder)
     for name in run.quantities:
@@ -163,8 +182,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_damaged_run_is_read_or_refused(whole, tmp_path, case):
-    fuzz(whole, tmp_path, *CASES[case], 25)
+def test_a_damaged_run_is_read_or_refused(whole, few, tmp_path, case):
+    fuzz(few if case == "look" else whole, tmp_path, *CASES[case], 25)
 
 
 def test_a_planted_pickle_runs_nowhere(whole, tmp_path):
@@ -283,5 +302,5 @@ MANY = {
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(1, 5))
 @pytest.mark.parametrize("case", MANY)
-def test_sixty_thousand_damaged_runs_are_read_or_refused(whole, tmp_path, case, part):
-    fuzz(whole, tmp_path, *MANY[case], part)
+def test_sixty_thousand_damaged_runs_are_read_or_refused(whole, few, tmp_path, case, part):
+    fuzz(few if case == "look" else whole, tmp_path, *MANY[case], part)
