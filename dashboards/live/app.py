@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from importlib.resources import files
 from threading import Lock
-from time import time_ns
+from time import monotonic, time_ns
 from typing import Any, TypeGuard
 from urllib.parse import parse_qsl
 
@@ -24,6 +24,9 @@ from gradlab.checks import UsageError
 _VIEWS = 6  # sets of runs that are kept open
 _RUNS = 200  # the most runs of a view
 _PARTS = 200  # the most parts of figures in a question
+_PAUSE = 1.0  # seconds between an answer and a page's next question whether anything is new
+_APART = 0.1  # seconds between any two pages' questions: of many each asks more seldom
+_LONGEST = 10.0  # seconds
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -133,11 +136,25 @@ class _Desk:
         self._views: OrderedDict[tuple[str, ...], Watched] = OrderedDict()
         self._lock = Lock()
         self._started = time_ns()
+        self._next = 0.0  # when the last that was answered asks again
 
     def say(self, clock: object, search: object, stamp: object) -> Any:  # noqa: ANN401, ARG002
-        """What is shown, if it differs from what the browser has, which `stamp` says."""
+        """What is shown, if it differs from what the browser has, which `stamp` says.
+
+        And after how many milliseconds to ask again, so that a training on the same machine does
+        not feel how many look on.
+        """
         if not isinstance(search, str):
             return no_update  # the page has not yet said where it is
+        return {**self._news(search, stamp), "pause": round(1000 * self._pause())}
+
+    def _pause(self) -> float:
+        with self._lock:
+            now = monotonic()
+            self._next = max(now + _PAUSE, min(self._next + _APART, now + _LONGEST))
+            return self._next - now
+
+    def _news(self, search: str, stamp: object) -> dict[str, Any]:
         try:
             names = _names(search)
             if not names:

@@ -3,8 +3,8 @@
 (function () {
   const byId = (id) => document.getElementById(id);
   const host = () => byId("page");
-  // Milliseconds between an answer and the next question whether anything is new; until a server
-  // that said nothing is missed; and until it is asked again.
+  // Milliseconds between an answer and the next question, unless the server says how many; until a
+  // server that said nothing is missed; and until it is asked again.
   const PAUSE = 1000;
   const SILENCE = 6000;
   const AGAIN = 8000;
@@ -367,6 +367,7 @@
     else view(content);
   }
 
+  let pause = PAUSE;
   let asked = Date.now();
   function ask() {
     asked = Date.now();
@@ -375,7 +376,7 @@
 
   function missed() {
     if (heard === null || asked <= heard) return;
-    if (Date.now() - heard > SILENCE) byId("silent").hidden = false;
+    if (Date.now() - heard > SILENCE + pause) byId("silent").hidden = false;
     if (Date.now() - asked > AGAIN) ask();
   }
 
@@ -385,7 +386,8 @@
       if (!said) return window.dash_clientside.no_update;
       heard = Date.now();
       byId("silent").hidden = true;
-      setTimeout(ask, PAUSE);
+      pause = said.pause;
+      setTimeout(ask, pause);
       if (said.content) loaded.then(() => show(said.content));
       return said.stamp;
     },

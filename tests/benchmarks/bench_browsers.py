@@ -88,8 +88,10 @@ def train(folder, frames, readers, log):
 
 def watch(address, readers):
     """Look on until standard input says so."""
-    with Crowd(address, readers) as crowd:
-        time.sleep(3)  # all have opened their page
+    with Crowd(address, readers, thorough=False) as crowd:
+        while not all(reader.pages for reader in crowd.readers):  # all have opened their page
+            time.sleep(0.1)
+            crowd.check()
         print("looking", flush=True)
         sys.stdin.readline()
     asked = sum(reader.asked for reader in crowd.readers)

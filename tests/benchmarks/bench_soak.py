@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from bench_dashboard import browsing, served
 from measure import resident, write
-from reader import PAUSE, Reader
+from reader import Reader
 
 from gradlab.run import open_run
 
@@ -72,7 +72,7 @@ def soak(folder, updates, minutes):
         reader.open()
         asked = False
         while trainer.poll() is None:
-            time.sleep(PAUSE)
+            time.sleep(reader.pause)
             reader.look()
             if not (asked or (spent := time.perf_counter() - began) < 60 * minutes):
                 trainer.send_signal(signal.SIGINT)  # it ends the update and saves
@@ -85,7 +85,7 @@ def soak(folder, updates, minutes):
                 continue
             rows.append({"seconds": spent, "update": newest(records), "MiB": memory})
         done = newest(records)
-        time.sleep(PAUSE)
+        time.sleep(reader.pause)
         assert reader.look() == done  # the page has kept up
     assert trainer.returncode == (130 if asked else 0), trainer.returncode
     followed = {"pages": reader.pages, "slowest answer, s": round(reader.slowest, 2)}

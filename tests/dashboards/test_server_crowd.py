@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from reader import Crowd, Reader
 
+from dashboards.live.app import _Desk
+from dashboards.live.runs import RunIndex
 from gradlab.run import open_run
 
 ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
@@ -39,12 +41,25 @@ def live(tmp_path):
     assert not said, said
 
 
+def test_many_pages_ask_more_seldom(tmp_path, write_run, monkeypatch):
+    write_run(tmp_path / "r", updates=2)
+    desk = _Desk(RunIndex([tmp_path / "r"]))
+    now = 100.0
+    monkeypatch.setattr("dashboards.live.app.monotonic", lambda: now)
+    pauses = [desk.say(0, "?runs=r", None)["pause"] for _ in range(500)]
+    assert pauses[0] == 1000
+    assert pauses[:50] == [1000 + 100 * n for n in range(50)]
+    assert max(pauses) == pauses[-1] == 10_000
+    now = 200.0
+    assert desk.say(0, "?runs=r", None)["pause"] == 1000
+
+
 @pytest.mark.slow
 def test_fifty_readers_of_a_live_run_are_all_answered(live):
     trainer, folder, address = live
     with Crowd(address, 50) as crowd:
         assert trainer.wait() == 0
-        time.sleep(5)
+        time.sleep(12)
     last = open_run(folder).newest("frames")
     assert last == 149
     assert all(reader.pages > 3 for reader in crowd.readers)  # they did follow

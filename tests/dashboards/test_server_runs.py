@@ -182,7 +182,7 @@ def test_a_large_quantity_reads_what_is_looked_at(tmp_path, monkeypatch):
 def test_a_view_grows_with_its_run_and_reads_only_what_is_new(
     write_run, tmp_path, monkeypatch, kept
 ):
-    monkeypatch.setattr("dashboards.live.watch._FRESH", -1)
+    monkeypatch.setattr("dashboards.live.watch._SLOW", -1)
     held = {"held": 10**9, "on demand": 0}[kept]
     monkeypatch.setattr("dashboards.live.watch.LIVE", Limits(held=held))
     write_run(tmp_path / "whole", updates=8, every=1)
@@ -238,7 +238,7 @@ def append(source, target, since):
 
 
 def test_records_that_were_replaced_are_read_anew(write_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dashboards.live.watch._FRESH", -1)
+    monkeypatch.setattr("dashboards.live.watch._SLOW", -1)
     write_run(tmp_path / "r", updates=4, seed=0)
     watched = Watched(RunIndex([tmp_path / "r"]), ["r"])
     before = watched.figures("", [["returns", 0]])
