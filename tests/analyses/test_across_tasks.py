@@ -21,7 +21,7 @@ def write(path, method, environment, seed, reward):
         writer.describe(method=method, environment=environment, agents=2, seed=seed, config={})
         for update in range(5):
             numbers = {"frames": 1000.0 * update, "reward_per_step": reward * update / 4}
-            found = {n: Quantity(values=np.float64(v), dims=()) for n, v in numbers.items()}
+            found = {n: Quantity(values=np.array(v), dims=()) for n, v in numbers.items()}
             writer.write(update, found)
     return open_run(path)
 
@@ -108,9 +108,12 @@ def test_nothing_to_compare_is_said(make):
 
 
 def test_chart_draws_numbers_to_scale_with_bands():
-    line = Line(name="a", values=[0.0, 1.0, 0.5], low=[0, 0.5, 0.5], high=[0.5, 1, np.nan])
+    line = Line(name="a", values=[0.0, 1.0, 0.5], low=[0.0, 0.5, 0.5], high=[0.5, 1.0, np.nan])
     panel = Panel(
-        title="t", lines=[line], ticks=(0.0, 1.0), across=Numbers("n", [0, 3, 4], [0, 2, 4])
+        title="t",
+        lines=[line],
+        ticks=(0.0, 1.0),
+        across=Numbers("n", [0.0, 3.0, 4.0], [0.0, 2.0, 4.0]),
     )
     root = ElementTree.fromstring(chart([panel]))
     band, path = root.findall("s:g/s:path", SVG)[2:4]

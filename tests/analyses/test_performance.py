@@ -205,18 +205,19 @@ def test_scores_are_normalised_by_bounds_that_are_said():
     ranges = performance.normalise(scores, bounds).groupby("task")["score"]
     assert ranges.min().tolist() == [0, 0, 0]
     assert ranges.max().tolist() == [1, 1, 1]
-    given = performance.normalise(scores, {"x": (-1, 1), "y": (0, 100), "z": (0, 1)})
+    given = performance.normalise(scores, {"x": (-1.0, 1.0), "y": (0.0, 100.0), "z": (0.0, 1.0)})
     assert given["score"][0] == (scores["score"][0] + 1) / 2
     with pytest.raises(UsageError, match="Unknown task 'z'"):
-        performance.normalise(scores, {"x": (0, 1), "y": (0, 1)})
-    with pytest.raises(UsageError, match=r"`bounds\['x'\]` must be two finite numbers.*\(1, 1\)"):
-        performance.normalise(scores, dict.fromkeys("xyz", (1, 1)))
+        performance.normalise(scores, {"x": (0.0, 1.0), "y": (0.0, 1.0)})
+    with pytest.raises(
+        UsageError, match=r"`bounds\['x'\]` must be two finite numbers.*\(1\.0, 1\.0\)"
+    ):
+        performance.normalise(scores, dict.fromkeys("xyz", (1.0, 1.0)))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.to_numpy(), "a table with the columns method, task, seed, score.*'ndarray'"),
         (
             lambda s: s.pivot_table(index="seed", columns="task", values="score"),
             r"Got scores=\['x', 'y', 'z'\]",
@@ -238,6 +239,12 @@ def test_scores_are_normalised_by_bounds_that_are_said():
 def test_what_are_not_scores_of_methods_tasks_and_seeds_is_refused(change, message):
     with pytest.raises(UsageError, match=message):
         performance.iqm(change(unequal()))
+
+
+def test_an_array_is_refused():
+    # by name where types are checked, before the function is reached
+    with pytest.raises((UsageError, TypeError), match=r"columns method, task, seed|DataFrame"):
+        performance.iqm(unequal().to_numpy())
 
 
 def test_curves_that_do_not_overlap_or_have_no_score_are_refused():
