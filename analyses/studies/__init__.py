@@ -4,6 +4,8 @@ from analyses.studies.adaptability import ADAPTABILITY
 from analyses.studies.bias import BIAS
 from analyses.studies.decoupling import DECOUPLING
 from analyses.studies.embeddings import EMBEDDINGS
+from analyses.studies.homogeneous import HOMOGENEOUS
+from analyses.studies.mamujoco import MAMUJOCO
 from analyses.studies.mechanism import MECHANISM
 from analyses.studies.scaling import SCALING
 from analyses.studies.specialisation import SPECIALISATION
@@ -21,6 +23,8 @@ STUDIES: Registry[Study | Simulation] = Registry(
             DECOUPLING,
             ADAPTABILITY,
             EMBEDDINGS,
+            HOMOGENEOUS,
+            MAMUJOCO,
             MECHANISM,
             SCALING,
             BIAS,

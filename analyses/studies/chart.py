@@ -231,7 +231,7 @@ def _panel(panel: Panel, labels: Sequence[str], axis: str, names: Sequence[str])
         named = [(tick, f"{tick:g}") for tick in across.ticks]
         axis = across.title
 
-    def x(place: float) -> float:
+    def x(place: int | float) -> float:
         return _LEFT + (right - _LEFT) * (place - begin) / (end - begin)
 
     def y(value: float) -> float:

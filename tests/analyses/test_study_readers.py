@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analyses.studies import scaling
+from analyses.studies import homogeneous, mamujoco, scaling
 from gradlab.quantity import Quantity
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter
@@ -118,3 +118,69 @@ def test_scaling_fits_no_slope_to_a_seed_that_lacks_a_size(scaled):
     found = scaling.with_ratios(scaling.read(scaled[:-1]).tables["scaling-runs"])
     fitted = scaling.slopes(found, "seconds per update", of_logarithm=True)
     assert [len(fitted[method]) for method in ("fups-id", "nops")] == [5, 4]
+
+
+def test_mamujoco_judges_learners_of_the_same_robot(tmp_path):
+    returns = {"mappo fups-id": 100, "mappo nops": 300, "mappo hypermarl": 300, "happo nops": 900}
+    runs = [
+        made_up(
+            tmp_path / f"{learner}-{seed}",
+            {
+                "preset": "mamujoco-humanoid-17x1",
+                "algorithm": learner.split()[0],
+                "method": learner.split()[1],
+                "seed": seed,
+            },
+            [
+                {"evaluation_return": -5.0} | diagnosed(0.5),
+                {"evaluation_return": float(mean + seed)} | diagnosed(0.25, signal=3.0),
+            ],
+        )
+        for learner, mean in returns.items()
+        for seed in range(5)
+    ]
+    findings = mamujoco.read(runs)
+    table = findings.tables["mamujoco"].set_index(["learner", "figure"])
+    for learner, mean in returns.items():
+        assert table.loc[(learner, "return"), "value"] == mean + 2
+    assert table.loc[("mappo nops", "conflict rate of g"), "value"] == 0.375
+    assert table.loc[("mappo nops", "signal to noise of Z"), "value"] == 1.0
+    said = {claim: v.outcome for claim, v in verdicts(findings).items()}
+    learns = "humanoid-17x1: {} returns more than mappo fups-id, which the paper finds not to learn"
+    for learner in ("mappo nops", "mappo hypermarl"):
+        (outcome,) = (o for c, o in said.items() if c.startswith(learns.format(learner)))
+        assert outcome == "supported"
+    assert said["mappo hypermarl returns more than mappo nops"] == "undecided"
+    assert said["mappo hypermarl returns more than happo nops"] == "not supported"
+    assert not any("matd3" in claim for claim in said)
+
+
+@pytest.mark.parametrize(
+    ("wins", "outcome"),
+    [((0.8, 0.85), "supported"), ((0.8, 0.5), "not supported"), ((0.0, 0.0), "undecided")],
+    ids=["equal", "worse", "nobody-learned"],
+)
+def test_homogeneous_calls_methods_equal_only_where_the_first_has_learned(tmp_path, wins, outcome):
+    win = {"outcome": ["win"]}
+    runs = [
+        made_up(
+            tmp_path / f"{method}-{seed}",
+            {"preset": "smax-2s3z", "method": method, "seed": seed},
+            [
+                {
+                    "outcome_rate": labelled(rate, win),
+                    "evaluation_outcome_rate": labelled(rate + seed / 1000, win),
+                    "episode_return": 1.0,
+                    **diagnosed(0.1),
+                }
+            ],
+        )
+        for method, rate in zip(("fups", "hypermarl"), wins, strict=True)
+        for seed in range(5)
+    ]
+    findings = homogeneous.read(runs)
+    (equal,) = (v for claim, v in verdicts(findings).items() if "wins as often" in claim)
+    assert equal.outcome == outcome
+    rates = findings.tables["homogeneous"].set_index(["method", "figure"])["value"]
+    assert rates["hypermarl", "win rate"] == pytest.approx(wins[1] + 0.002)
+    assert rates["hypermarl", "win rate while training"] == wins[1]
