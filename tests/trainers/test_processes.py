@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from joining import train_together
 from resuming import same_end
 
 from gradlab.checks import UsageError
@@ -64,30 +65,53 @@ def alone(tmp_path, name, run):
     return tmp_path / name
 
 
-def assert_same(run, other, tolerance=SAME):
-    """All weights and all that is recorded differ by at most so much of the largest."""
-    ours, theirs = (newest_checkpoint(folder)[0].tensors for folder in (run, other))
-    weights = [name for name in ours if name.startswith(("actor.", "critic."))]
-    assert weights
-    for name in weights:
-        _assert_close(name, theirs[name].numpy(), ours[name].numpy(), tolerance)
+# A difference of products that are a million times larger, in float32.
+NEAR_ROUNDING = {"variance_jacobian"}
+
+
+def assert_same(run, other):
+    """Of each network's weights, and of each thing that is recorded, all differ by at most `SAME`
+    of the largest."""
+    ours, theirs = (newest_checkpoint(folder)[0] for folder in (run, other))
+    for network in ("actor.", "critic."):
+        found, expected = (
+            torch.cat([part.flatten() for _, part in sorted(each.under(network).items())]).numpy()
+            for each in (theirs, ours)
+        )
+        assert len(expected)
+        _assert_close(network, found, expected)
     ours, theirs = open_run(run), open_run(other)
     assert ours.quantities == theirs.quantities
-    for name in set(ours.metrics) - {"seconds", "residual"}:
-        _assert_close(name, theirs.metrics[name].values, ours.metrics[name].values, tolerance)
-    assert float(ours.metrics["residual"].max()) < 1e-12
+    for name in set(ours.metrics) - {"seconds", "residual"} - NEAR_ROUNDING:
+        _assert_close(name, theirs.metrics[name].values, ours.metrics[name].values)
+    assert float(theirs.metrics["residual"].max()) < 1e-12
 
 
-def _assert_close(name, found, expected, tolerance):
+def _assert_close(name, found, expected):
     assert np.array_equal(np.isnan(found), np.isnan(expected)), name
     found, expected = np.nan_to_num(found), np.nan_to_num(expected)
     apart = np.abs(found - expected).max(initial=0)
-    assert apart <= tolerance * np.abs(expected).max(initial=0), (name, apart)
+    assert apart <= SAME * np.abs(expected).max(initial=0), (name, apart)
 
 
 def test_two_processes_train_as_one_does(tmp_path):
-    options = ("--env", "specialisation-temporal", "--env-arg", "horizon=7", "--agents", "3")
-    run = trained(tmp_path, "two", *options, *SMALL, *NORMALISED, "--frames", "320")
+    settings = {
+        "env": "specialisation-temporal",
+        "env_args": {"horizon": 7},
+        "agents": 3,
+        "copies": 16,
+        "steps": 10,
+        "frames": 320,
+        "every": 1,
+        "effects_every": 2,
+        "network": {"hidden": [16]},
+        "hypernetwork": {"hidden": [16]},
+        "ppo": {"epochs": 2, "minibatches": 3},
+        "normalise": {"observations": True, "rewards": True},
+        "diagnostics": "full",
+    }
+    run = tmp_path / "two"
+    train_together(settings, run)
     assert_same(alone(tmp_path, "one", run), run)
 
 
@@ -95,6 +119,7 @@ def test_two_processes_train_as_one_does(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
+        ("--env", "specialisation-temporal", "--env-arg", "horizon=7", *NORMALISED),
         ("--env", "vmas/navigation", "--algorithm", "mappo", "--method", "fups-id"),
         ("--env", "vmas/balance", "--method", "hypermarl-linear", *NORMALISED),
         ("--env", "specialisation", "--algorithm", "happo", "--method", "nops"),
@@ -148,7 +173,7 @@ def test_killed_process_ends_all_and_the_run_goes_on_to_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 def test_stopped_processes_save_together_and_go_on_to_the_same_bits(tmp_path):
-    options = ("--env", "specialisation-temporal", *SMALL, "--frames", "8000")
+    options = ("--env", "specialisation-temporal", *SMALL, "--frames", "4800")
     whole = trained(tmp_path, "whole", *options)
     process = torchrun(tmp_path, *options, "--out", "stopped")
     stopped = tmp_path / "stopped"
@@ -195,7 +220,7 @@ class Game(ParallelGame):
     def step(self, actions):
         self.played += 1
         seen, reward, *rest = super().step(actions)
-        if os.environ["RANK"] == "1" and self.played > self.steps:
+        if os.environ["RANK"] == "1" and self.played == self.steps + 1:  # once
             reward = dict.fromkeys(reward, float("nan"))
         return seen, reward, *rest
 
