@@ -4,15 +4,18 @@ Each steps some of the environment copies and learns from what they brought; wha
 all copies, as weights and random numbers, every process has whole, and equal to the bit.
 """
 
+import io
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
+from safetensors.torch import load, save
 from torch import Tensor, distributed
 
 from gradlab.checks import Failed, TrainingFailed, UsageError
@@ -158,11 +161,12 @@ class Processes(Group):
 
     def first(self, make: Callable[[], T]) -> T:
         """See `Group.first`."""
-        made = [make() if self.rank == 0 else None]
+        made = [packed(make()) if self.rank == 0 else None]
         self._meet()
         with self._connected():
             distributed.broadcast_object_list(made)
-        return made[0]  # type: ignore[return-value]  # as process 0 made it
+        found: T = pickle.loads(made[0] or b"")
+        return found
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -199,10 +203,10 @@ class Processes(Group):
         raise self._agreed from None
 
     def _gathered(self, value: T) -> list[T]:
-        found: list[T | None] = [None] * self.size
+        found: list[bytes] = [b""] * self.size
         with self._connected():
-            distributed.all_gather_object(found, value)
-        return found  # type: ignore[return-value]  # all are filled in
+            distributed.all_gather_object(found, packed(value))
+        return [pickle.loads(each) for each in found]
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
@@ -215,6 +219,33 @@ class Processes(Group):
                 f"{command(self.size)} --resume --out and the run"
             )
             raise self._agreed from error
+
+
+class _Pickler(pickle.Pickler):
+    """Takes tensors of all types; torch's own way has none for unsigned numbers."""
+
+    def reducer_override(self, item: object) -> Any:  # noqa: ANN401 -- as pickle has it
+        if isinstance(item, Tensor):
+            return _unpacked, (save({"": item.detach().contiguous()}),)
+        return NotImplemented
+
+
+def packed(value: object) -> bytes:
+    """Put a value into bytes, from which `pickle.loads` makes it again in another process.
+
+    Args:
+        value: What can be pickled, and tensors of any type.
+
+    Returns:
+        The bytes.
+    """
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> Tensor:
+    return load(data)[""]
 
 
 def _kind(error: Failed | UsageError) -> type[Failed | UsageError]:
