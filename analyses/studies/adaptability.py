@@ -262,6 +262,6 @@ ADAPTABILITY = Study(
     "Not as in the paper (but for `--budget full`): fewer frames, copies and steps, small "
     "equal networks for all methods, and one chosen set of PPO's settings, while the paper "
     "searched some of them for dico; its returns are shown in figures only. `--budget quick` "
-    "is of five methods and two scenarios, and ends while all of them still learn.",
+    "is of five methods and two scenarios, after 11 updates.",
     read=read,
 )
