@@ -190,18 +190,26 @@ def _aggregates(scores: _Scores, choices: Choices) -> Figure:  # noqa: ARG001
         "median": performance.median,
         "optimality gap": performance.optimality_gap,
     }
-    data, layout, said = [], {}, []
+    data, layout, said, texts = [], {}, [], []
     for number, (measure, of) in enumerate(measures.items()):
         axis, left = "" if number == 0 else str(number + 1), number / len(measures)
-        for method, found in _rows(of(scores.known, resamples=_RESAMPLES)):
+        for place, (method, found) in enumerate(_rows(of(scores.known, resamples=_RESAMPLES))):
             label = scores.labels[method]
             text = "{:.2f} ({:.2f} to {:.2f})".format(*found)
             said.append(f"{measure} of {label} {text}")
             mark = interval_mark(label, found, scores.marks[method].colour, f"{measure} {text}")
-            words = {"mode": "markers+text", "text": [text], "textposition": "top center"}
-            data.append(
-                mark | words | {"xaxis": f"x{axis}", "yaxis": "y", "textfont": {"size": 11}}
-            )
+            data.append(mark | {"xaxis": f"x{axis}", "yaxis": "y"})
+            # in the middle, not beside the mark, where a narrow page has no room
+            texts.append({
+                "text": text,
+                "showarrow": False,
+                "font": {"size": 11},
+                "xref": f"x{axis}",
+                "x": 0.5,
+                "yref": "y",
+                "y": place,
+                "yshift": 17,
+            })
         layout[f"xaxis{axis}"] = {
             "domain": [left + 0.01, left + 1 / len(measures) - 0.01],
             "anchor": "y",
@@ -212,7 +220,13 @@ def _aggregates(scores: _Scores, choices: Choices) -> Figure:  # noqa: ARG001
         "data": data,
         "layout": layout
         | {
-            "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
+            "yaxis": {
+                "type": "category",
+                # downwards, with room for the text of the first
+                "range": [len(scores.labels) - 0.6, -0.8],
+                "showgrid": False,
+            },
+            "annotations": texts,
             "meta": {"alt": "; ".join(said), "note": scores.note},
         },
     }

@@ -76,18 +76,21 @@ def test_profile_is_that_of_the_runs_that_can_be_compared(view):
 
 def test_aggregates_and_improvement_are_those_of_the_library(view):
     scores = normalised(view)
-    marks = drawn(view, "performance-aggregates")["data"]
-    assert len(marks) == 6
+    figure = drawn(view, "performance-aggregates")
+    marks, texts = figure["data"], figure["layout"]["annotations"]
+    assert len(marks) == len(texts) == 6
     for place, measure in enumerate((
         performance.iqm,
         performance.median,
         performance.optimality_gap,
     )):
         table = measure(scores, resamples=1000)
-        for mark, row in zip(marks[2 * place : 2 * place + 2], table.itertuples(), strict=True):
+        ours = slice(2 * place, 2 * place + 2)
+        for mark, text, row in zip(marks[ours], texts[ours], table.itertuples(), strict=True):
             assert mark["x"] == pytest.approx([row.value], abs=1e-3)
             assert mark["error_x"]["array"] == pytest.approx([row.high - row.value], abs=1e-3)
-            assert mark["text"] == [f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})"]
+            assert text["text"] == f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})"
+            assert (text["xref"], text["y"]) == (mark["xaxis"], row.Index)
     for against in ("fups", "hypermarl"):
         (mark,) = drawn(view, "performance-improvement", against=against)["data"]
         (row,) = performance.probability_of_improvement(
