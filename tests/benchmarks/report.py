@@ -503,6 +503,11 @@ def browsers():
             f"{found['limits']['slowed by, %']} %",
         ),
         ("the rounds", ", ".join(f"{percent:+.1f} %" for percent in slowed["rounds"]), ""),
+        (
+            "the trainer's CPU for an update, the rounds",
+            ", ".join(f"{percent:+.1f} %" for percent in slowed["CPU of the trainer, rounds"]),
+            "",
+        ),
         ("requests, all answered", f"{answered:,}", ""),
         ("slowest answer", f"{max(turn['readers']['slowest'] for turn in watched):.2f} s", ""),
     ]
@@ -539,7 +544,9 @@ def main():
             + environments()
             + dashboard()
             + soak()
-            + browsers()
+            + (
+                browsers() if (RESULTS / "browsers.json").exists() else ""
+            )  # it wants a quiet machine
         ).rstrip("\n")
         + "\n"
     )
