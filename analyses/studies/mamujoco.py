@@ -151,21 +151,19 @@ def _verdicts(found: pd.DataFrame) -> list[Verdict]:
 
 
 def _figure(table: pd.DataFrame) -> str:
-    learners = list(dict.fromkeys(table["learner"]))
+    robots = list(dict.fromkeys(table["robot"]))
     panels = []
     for figure in (_RETURN, _CONFLICT):
-        for robot in dict.fromkeys(table["robot"]):
-            where = (table["robot"] == robot) & (table["figure"] == figure)
-            rows = table[where].set_index("learner").reindex(learners)
-            numbers = [Estimate(*row) for row in rows[["value", "low", "high"]].to_numpy()]
-            panels.append(
-                Panel(
-                    title=f"{robot}: {figure}",
-                    lines=[Line.of(figure, numbers)],
-                    ticks=ticks_for(numbers),
-                )
-            )
-    return chart(panels, learners, "learner")
+        for kind, learners in (("on-policy", ON_POLICY), ("off-policy", OFF_POLICY)):
+            lines, drawn = [], []
+            for learner in learners:
+                where = (table["learner"] == learner) & (table["figure"] == figure)
+                rows = table[where].set_index("robot").reindex(robots)
+                numbers = [Estimate(*row) for row in rows[["value", "low", "high"]].to_numpy()]
+                drawn += numbers
+                lines.append(Line.of(learner, numbers))
+            panels.append(Panel(title=f"{kind}: {figure}", lines=lines, ticks=ticks_for(drawn)))
+    return chart(panels, [robot.partition("-")[0] for robot in robots], "robot")
 
 
 _COMMON = {"diagnostics": "full", "env_args": {"workers": 1}}
