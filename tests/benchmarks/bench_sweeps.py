@@ -11,7 +11,7 @@ from trainers.sweeps import LocalEngine, find_sweep, plan_runs, run_sweep
 from trainers.sweeps.local import cores
 
 RUNS = 6
-ROUNDS = 2
+ROUNDS = 3
 DOCUMENT = {
     "settings": {"env": "specialisation", "agents": 4, "method": "hypermarl", "frames": 40_000},
     "grid": {"seed": list(range(RUNS))},

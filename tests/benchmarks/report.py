@@ -527,6 +527,27 @@ def browsers():
     )
 
 
+def sweeps():
+    record = load("sweeps")
+    found = record["rows"]
+    rows = [
+        (
+            found["cores"],
+            found["runs"],
+            f"{found['seconds, one after the other']:.0f}",
+            f"{found['throughput']:.2f} (at least {found['throughput, lowest']:.2f})",
+            "1.8",
+        )
+    ]
+    columns = ("cores", "runs", "one after the other, s", "throughput with all cores", "aim")
+    return (
+        "## Sweeps\n\n`gradlab sweep` of HyperMARL on the Specialisation game with full diagnostics, "
+        "one thread a run: as many runs at once as there are cores, against one after the other, "
+        "each in a process of its own, by turns; ratio of the times of whole sweeps, median of "
+        "3 rounds.\n\n" + table(columns, rows) + provenance(record)
+    )
+
+
 def main():
     PAGE.write_text(
         (
@@ -539,6 +560,7 @@ def main():
             + schemes()
             + benchmarl()
             + throughput()
+            + sweeps()
             + growth()
             + learning()
             + environments()

@@ -130,8 +130,10 @@ def test_two_processes_train_as_one_does(tmp_path):
         ("--env", "specialisation-temporal", "--network.memory", "gru", *NORMALISED),
         ("--env", "specialisation-temporal", "--method", "kaleidoscope"),
         ("--env", "pettingzoo/mpe2.simple_spread_v3", "--method", "fups-id"),
-        ("--env", "mamujoco/halfcheetah-2x3", "--algorithm", "mappo", "--critic-input", "state")
-        + NORMALISED,
+        (
+            *("--env", "mamujoco/halfcheetah-2x3", "--algorithm", "mappo"),
+            *("--critic-input", "state", *NORMALISED),
+        ),
         ("--env", "smax/3m", "--network.memory", "gru", "--pad", "true"),
     ],
     ids=lambda options: "-".join(o.removeprefix("--") for o in options if "." not in o[:12]),
