@@ -35,7 +35,7 @@ WRONG = {
         ["train", "--hypernetwork.embedding", "onehot"],
         "Got hypernetwork.embedding='onehot'",
     ),
-    "cosine": (["train", "--hypernetwork.cosine", "1.1"], "Got hypernetwork.cosine=1.1"),
+    "cosine": (["train", "--hypernetwork.cosine", "1.1"], "Got hypernetwork.cosine='1.1'"),
     "describe": (["train", "--describe", "--method", "nop"], "Did you mean 'nops'?"),
     "describe_run": (["train", "--describe", "--resume", "--out", "x"], "Leave out --resume"),
     "preset": (["train", "--preset", "dispersoin"], "Did you mean 'dispersion'?"),

@@ -77,7 +77,13 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
         "values": checkpoint.values,
     }
     head["sha256"] = _digest(head, data)
-    write_atomically(stem.with_suffix(".json"), json.dumps(head).encode())
+    try:
+        write_atomically(stem.with_suffix(".json"), json.dumps(head).encode())
+    except OSError:
+        # Half a checkpoint would be told as damage, and takes room that a full disk lacks.
+        if not stem.with_suffix(".json").exists():
+            stem.with_suffix(".safetensors").unlink(missing_ok=True)
+        raise
     sync(folder)
     stems = _stems(run)
     kept = stems[: stems.index(stem) + 1][-KEPT:]

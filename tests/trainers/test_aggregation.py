@@ -132,7 +132,8 @@ def plain_rows(trainer, samples):
 def one_step(trainer, samples):
     """Gradients by network after one step on all samples; the clip leaves them alone."""
     places = torch.arange(samples["advantage"].shape[1])
-    trainer.learner.updater._step(samples, places, Weights.of(exist(samples)), trainer.random)
+    weights = Weights.of(exist(samples))
+    trainer.learner.updater._step(samples, samples, places, weights, trainer.random)
     return {
         network: torch.cat([p.grad.flatten() for p in getattr(trainer, network).parameters()])
         for network in ("actor", "critic")

@@ -17,7 +17,7 @@ class Turns(MatrixGame):
 def use_turns(monkeypatch):
     """Put it in place of what a trainer makes."""
 
-    def make(name, *, copies, agents, seed, args, info):  # noqa: ARG001
+    def make(name, *, copies, agents, seed, args, info, share):  # noqa: ARG001
         return Turns(name, copies=copies, agents=agents, args=args)
 
     monkeypatch.setattr("trainers.loop.make_env", make)
