@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from analyses.studies.across_tasks import across_tasks
-from analyses.studies.chart import Line, Panel, chart
+from analyses.studies.chart import Line, Panel, chart, ticks_for
 from analyses.studies.seeds import (
     difference,
     estimate,
@@ -28,7 +28,7 @@ NO_GAP = 1e-3
 _REWARD, _GAP, _CONFLICT = "reward", "factorisation gap", "conflict rate of g"
 _SIGNAL = "signal to noise of g"
 _FIGURES = {
-    _REWARD: ".3f",
+    _REWARD: ".3g",
     _GAP: ".2g",
     _CONFLICT: ".3f",
     _SIGNAL: ".3f",
@@ -139,7 +139,7 @@ def _verdicts(found: pd.DataFrame) -> list[Verdict]:
             f"hypermarl earns more than {other}",
             gaps(_REWARD, "hypermarl", other),
             above=0,
-            form="+.3f",
+            form="+.2g",
         )
         for other in METHODS[1:]
     ]
@@ -148,15 +148,24 @@ def _verdicts(found: pd.DataFrame) -> list[Verdict]:
 def _figure(table: pd.DataFrame) -> str:
     methods = list(dict.fromkeys(table["method"]))
     panels = []
-    for figure in (_REWARD, _CONFLICT):
-        lines = []
-        for environment in dict.fromkeys(table["environment"]):
+    for environment in dict.fromkeys(table["environment"]):
+        for figure in (_REWARD, _SIGNAL):
             where = (table["environment"] == environment) & (table["figure"] == figure)
             rows = table[where].set_index("method").reindex(methods)
             numbers = [Estimate(*row) for row in rows[["value", "low", "high"]].to_numpy()]
-            lines.append(Line.of(str(environment), numbers))
-        panels.append(Panel(title=figure, lines=lines, ticks=(0.0, 0.25, 0.5, 0.75, 1.0)))
-    return chart(panels, methods, "method")
+            panels.append(
+                Panel(
+                    title=f"{environment}: {figure}",
+                    lines=[Line.of("interquartile mean over seeds", numbers)],
+                    ticks=ticks_for(numbers),
+                )
+            )
+    return chart(panels, [_short(method) for method in methods], "method")
+
+
+def _short(method: str) -> str:
+    """Leave out what all are, so that names have room side by side."""
+    return method.removeprefix("hypermarl-")
 
 
 _PRESETS = ("specialisation-temporal", "dispersion")

@@ -28,7 +28,7 @@ _COORDINATE = "coordinate variance"
 _SIZE = "trained parameters"
 _SIGNAL = "signal to noise of Z"
 _FIGURES = {
-    "reward": ".3f",
+    "reward": ".3g",
     _COORDINATE: ".2e",
     _SIZE: ",.0f",
     _SIGNAL: ".3f",
