@@ -10,6 +10,7 @@ from analyses.studies.verdict import Estimate
 _WIDTH, _HEIGHT = 300, 210
 _LEFT, _TOP, _RIGHT, _BOTTOM = 44, 34, 12, 40
 _ROW = 18
+_LETTER = 6  # about as wide as a letter
 _ASIDE = 3.0
 # Okabe and Ito (2008), but for their yellow; and two of Tol's muted ones (2021).
 _COLOURS = (
@@ -244,13 +245,17 @@ def _panel(panel: Panel, labels: Sequence[str], axis: str, names: Sequence[str])
             f'<text x="{_LEFT - 5}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
         )
     parts += [f'<path d="M{_LEFT} {y(m):.1f}H{right}" stroke="{_GREY}"/>' for m in panel.marks]
+    room = (right - _LEFT) / len(named)
+    crowded = across is None and max(map(len, labels)) * _LETTER > room
+    lines = (15, 26) if crowded else (15, 15)  # every other label below its neighbours
     parts += [
-        f'<text x="{x(place):.1f}" y="{bottom + 15}" text-anchor="middle">{escape(label)}</text>'
-        for place, label in named
+        f'<text x="{x(place):.1f}" y="{bottom + lines[number % 2]}" '
+        f'text-anchor="middle">{escape(label)}</text>'
+        for number, (place, label) in enumerate(named)
     ]
     parts.append(
-        f'<text x="{(_LEFT + right) / 2}" y="{bottom + 31}" text-anchor="middle">'
-        f"{escape(axis)}</text>"
+        f'<text x="{(_LEFT + right) / 2}" y="{bottom + (38 if crowded else 31)}" '
+        f'text-anchor="middle">{escape(axis)}</text>'
     )
     for number, line in enumerate(panel.lines):
         # Side by side, so that intervals do not hide each other.
