@@ -158,6 +158,27 @@ def newest_checkpoint(
     return None, problems
 
 
+def read_for_all(
+    group: Group, read: Callable[[], tuple[Checkpoint | None, list[str]]]
+) -> tuple[Checkpoint | None, list[str]]:
+    """Have process 0 read a checkpoint for all.
+
+    Args:
+        group: The processes.
+        read: What process 0 calls.
+
+    Returns:
+        What it returned there.
+    """
+
+    def fields() -> tuple[dict[str, Any] | None, list[str]]:
+        checkpoint, problems = read()
+        return None if checkpoint is None else vars(checkpoint), problems
+
+    found, problems = group.first(fields)
+    return None if found is None else Checkpoint(**found), problems
+
+
 def newest_update(run: Path) -> int:
     """Look up how far checkpoints go, without reading them.
 

@@ -17,7 +17,7 @@ from gradlab.checks import TrainingFailed, UsageError, check
 from gradlab.quantity import Quantity
 from gradlab.run_writer import NotWritten, RunWriter
 from trainers.acting import fixed_parameters
-from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint
+from trainers.checkpoints import Checkpoint, Saver, newest_checkpoint, read_for_all
 from trainers.config import MAY_DIFFER, EvaluationConfig, TrainConfig, differing_settings
 from trainers.envs import make_env
 from trainers.envs.vector_env import (
@@ -360,7 +360,7 @@ class Trainer:
         A training goes on from a checkpoint to the bit, so the newest one leads there. To keep
         that state in memory as well would cost a copy of it in every update.
         """
-        checkpoint, _ = self.group.first(lambda: newest_checkpoint(run.path))
+        checkpoint, _ = read_for_all(self.group, lambda: newest_checkpoint(run.path))
         if checkpoint is None:
             return "There is no earlier state to go on from."
         try:

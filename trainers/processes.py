@@ -4,21 +4,19 @@ Each steps some of the environment copies and learns from what they brought; wha
 all copies, as weights and random numbers, every process has whole, and equal to the bit.
 """
 
-import io
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Int
-from safetensors.torch import load, save
 from torch import Tensor, distributed
 
 from gradlab.checks import Failed, TrainingFailed, UsageError
+from gradlab.engine.messages import broadcast_value, gather_values
 
 T = TypeVar("T")
 
@@ -64,10 +62,10 @@ class Group:
         """Bring together what each process has.
 
         Args:
-            value: What this one has; it can be pickled.
+            value: What this one has: tensors, and what JSON can hold.
 
         Returns:
-            What each has, in order.
+            What each has, in order; lists where there were tuples if there are other processes.
         """
         return [value]
 
@@ -75,10 +73,10 @@ class Group:
         """Have process 0 do something for all.
 
         Args:
-            make: What is to be done.
+            make: What is to be done; it returns tensors, and what JSON can hold.
 
         Returns:
-            What it returned there.
+            What it returned there; lists where there were tuples if there are other processes.
         """
         return make()
 
@@ -161,12 +159,11 @@ class Processes(Group):
 
     def first(self, make: Callable[[], T]) -> T:
         """See `Group.first`."""
-        made = [packed(make()) if self.rank == 0 else None]
+        made = make() if self.rank == 0 else None
         self._meet()
         with self._connected():
-            distributed.broadcast_object_list(made)
-        found: T = pickle.loads(made[0] or b"")
-        return found
+            found: T = broadcast_value(made)
+            return found
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -196,17 +193,15 @@ class Processes(Group):
             distributed.all_reduce(failed, distributed.ReduceOp.MAX)
         if not failed:
             return
-        told = self._gathered(None if error is None else (_kind(error), str(error)))
+        told = self._gathered(None if error is None else [_kind(error), str(error)])
         rank, (kind, said) = next((n, each) for n, each in enumerate(told) if each is not None)
         everywhere = all(each is not None for each in told)
-        self._agreed = kind(said if everywhere else f"process {rank} of {self.size}: {said}")
+        self._agreed = _made(kind, said if everywhere else f"process {rank} of {self.size}: {said}")
         raise self._agreed from None
 
     def _gathered(self, value: T) -> list[T]:
-        found: list[bytes] = [b""] * self.size
         with self._connected():
-            distributed.all_gather_object(found, packed(value))
-        return [pickle.loads(each) for each in found]
+            return gather_values(value)
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
@@ -221,40 +216,21 @@ class Processes(Group):
             raise self._agreed from error
 
 
-class _Pickler(pickle.Pickler):
-    """Takes tensors of all types; torch's own way has none for unsigned numbers."""
-
-    def reducer_override(self, item: object) -> Any:  # noqa: ANN401 -- as pickle has it
-        if isinstance(item, Tensor):
-            return _unpacked, (save({"": item.detach().contiguous()}),)
-        return NotImplemented
-
-
-def packed(value: object) -> bytes:
-    """Put a value into bytes, from which `pickle.loads` makes it again in another process.
-
-    Args:
-        value: What can be pickled, and tensors of any type.
-
-    Returns:
-        The bytes.
-    """
-    buffer = io.BytesIO()
-    _Pickler(buffer).dump(value)
-    return buffer.getvalue()
-
-
-def _unpacked(data: bytes) -> Tensor:
-    return load(data)[""]
-
-
-def _kind(error: Failed | UsageError) -> type[Failed | UsageError]:
-    """What kind of error it is: its class, if that is made of a message alone."""
-    return UsageError if isinstance(error, UsageError) else type(error)
-
-
 class _LostError(TrainingFailed):
     """Another process is gone, so that nothing can be agreed on."""
+
+
+def _kind(error: Failed | UsageError) -> str:
+    """What kind of error it is: its class, if that is made of a message alone."""
+    return UsageError.__name__ if isinstance(error, UsageError) else type(error).__name__
+
+
+def _made(kind: str, said: str) -> Failed | UsageError:
+    """An error of a kind that another process has said."""
+    kinds: list[type[Failed]] = [Failed]
+    for known in kinds:  # which grows meanwhile
+        kinds += known.__subclasses__()
+    return next((known for known in kinds if known.__name__ == kind), UsageError)(said)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,7 +8,7 @@ from gradlab.checks import TrainingFailed, UsageError, check
 from gradlab.run import open_run
 from gradlab.run_writer import NotWritten, RunWriter, is_run
 from gradlab.sinks.known import make_sinks
-from trainers.checkpoints import Checkpoint, newest_checkpoint
+from trainers.checkpoints import Checkpoint, newest_checkpoint, read_for_all
 from trainers.config import MAY_DIFFER, TrainConfig, differing_settings
 from trainers.loop import Progress, Trainer, describe
 from trainers.processes import ALONE, Group, command
@@ -51,7 +51,9 @@ def train_run(
     trainer = Trainer(config, group)
     try:
         with _Unwritten(out) if group.rank else RunWriter(out, resume=resume) as writer:
-            checkpoint, problems = group.first(lambda: _onwards_from(out, writer.newest_update()))
+            checkpoint, problems = read_for_all(
+                group, lambda: _onwards_from(out, writer.newest_update())
+            )
             onwards = f"after update {checkpoint.update}" if checkpoint else "from the beginning"
             if trainer.spec.padding:
                 tell(f"{config.env} is padded: {trainer.spec.padding}")

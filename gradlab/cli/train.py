@@ -74,7 +74,7 @@ def _train(options: argparse.Namespace, group: "Group") -> None:
             _describe(settings)
         return
     config = make_config(settings)
-    out = options.out or group.first(lambda: _new_folder(config))
+    out = options.out or Path(group.first(lambda: str(_new_folder(config))))
     with _progress() as bar:
         _train_run(settings, out, bar, group, resume=options.resume)
     if group.rank > 0:

@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 
 from gradlab.checks import UsageError, check
 from gradlab.engine.clusters import ClusterSums, FormedSums, Products
+from gradlab.engine.messages import gather_values
 from gradlab.parameters import ParameterLayout
 
 
@@ -161,15 +162,14 @@ class Moments:
             distributed.all_reduce(tensor, group=group)
             return tensor
 
-        processes = distributed.get_world_size(group)
-        everywhere: list[Any] = [None] * processes
         own = None if self.copies is None else self.copies.tolist()
-        said = (self.engines, own, self.first_non_finite.tolist())
-        distributed.all_gather_object(everywhere, said, group=group)
+        said: Any = (dict(self.engines), own, self.first_non_finite.tolist())
+        device = self.first_non_finite.device
+        everywhere = gather_values(said, device=device, group=group)
         engines, first = self.engines, torch.full_like(self.first_non_finite, -1)
         for theirs, _, found in everywhere:
             engines = {n: theirs[n] if e == "unused" else e for n, e in engines.items()}
-            first = _first_found(first, torch.tensor(found, device=first.device))
+            first = _first_found(first, torch.tensor(found, device=device))
         sums: dict[str, Any] = {
             name: total(getattr(self, name)) for name in _SUMS if getattr(self, name) is not None
         }

@@ -1,7 +1,6 @@
 """A training by several processes is the one by a single process."""
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from gradlab.run_writer import is_run
 from trainers.checkpoints import newest_checkpoint
 from trainers.config import TrainConfig
 from trainers.loop import Trainer
-from trainers.processes import ALONE, Group, Share, joined, packed
+from trainers.processes import ALONE, Group, Share, joined
 from trainers.train import train_run
 
 SAME = 1e-5
@@ -299,15 +298,6 @@ def test_shares_are_parts_of_the_whole(steps):
         noise = share.drawn(lambda shape: torch.arange(shape.numel()).view(shape), (2, 2, 3))
         assert torch.equal(noise, torch.arange(2 * of * 3).view(2, of, 3)[:, share.own])
     assert torch.equal(seen, samples[0, minibatch])
-
-
-@pytest.mark.parametrize("dtype", [torch.uint32, torch.bool, torch.float32, torch.int64])
-def test_tensors_of_all_types_reach_other_processes(dtype):
-    tensor = torch.tensor([[0, 1], [1, 0]]).to(dtype)
-    (found,), number = pickle.loads(packed(((tensor.mT,), 3)))
-    assert number == 3
-    assert found.dtype is dtype
-    assert torch.equal(found.long(), tensor.mT.long())
 
 
 def test_process_that_torchrun_has_not_started_is_alone(monkeypatch):
