@@ -146,7 +146,8 @@ class _Desk:
         """
         if not isinstance(search, str):
             return no_update  # the page has not yet said where it is
-        return {**self._news(search, stamp), "pause": round(1000 * self._pause())}
+        pause = self._pause()
+        return {**self._news(search, stamp, pause), "pause": round(1000 * pause)}
 
     def _pause(self) -> float:
         with self._lock:
@@ -154,14 +155,14 @@ class _Desk:
             self._next = max(now + _PAUSE, min(self._next + _APART, now + _LONGEST))
             return self._next - now
 
-    def _news(self, search: str, stamp: object) -> dict[str, Any]:
+    def _news(self, search: str, stamp: object, pause: float) -> dict[str, Any]:
         try:
             names = _names(search)
             if not names:
                 rows = self._index.rows()
                 return _said(stamp, _digest(rows), lambda: {"rows": rows})
             watched = self._watched(names)
-            generation = f"{self._started}-{id(watched)}-{watched.refresh()}"
+            generation = f"{self._started}-{id(watched)}-{watched.refresh(pause)}"
             return _said(stamp, generation, lambda: {"view": watched.page()})
         except UsageError as error:
             text = clean(error)

@@ -19,8 +19,7 @@ from gradlab.checks import UsageError
 from gradlab.run import Run
 from gradlab.run_writer import RECORDS_FILE
 
-_FRESH = 0.4  # seconds for which a look at the run folders serves all who ask
-_SLOW = 1.0  # seconds for which it does if to read what is new takes a tenth of that
+_FRESH = 0.9  # of the time until it asks again, a look at the run folders is new to who asks
 _ABOVE = '<nav class="nav"><a href="/">All runs</a></nav>'
 _KEPT = 32_000_000  # characters of figures' parts
 LIVE = Limits(updates=2000, read=2000)
@@ -51,14 +50,17 @@ class Watched:
         self._versions = [run.version() for run in self._runs]
         self._view = View(self._runs, LIVE)
         self._looked = time.monotonic()
-        self._cost = 0.0  # seconds that it takes to say what is new
         self._drawn: OrderedDict[object, str] = OrderedDict()
         self._size = 0
         self._page = ""
         self.generation = 0
 
-    def refresh(self) -> int:
+    def refresh(self, pause: float) -> int:
         """Look whether anything was written, at next to no cost if nothing was.
+
+        Args:
+            pause: Seconds until whoever asks will ask again. Where many do, each seldom, all of
+                them are shown the same updates, so that these are read and drawn once.
 
         Returns:
             How often anything was.
@@ -67,7 +69,7 @@ class Watched:
         if not self._lock.acquire(timeout=0.1):
             return self.generation
         try:
-            if time.monotonic() - self._looked > min(max(_FRESH, 10 * self._cost), _SLOW):
+            if time.monotonic() - self._looked > _FRESH * pause:
                 self._look()
                 self._looked = time.monotonic()
             return self.generation
@@ -82,10 +84,8 @@ class Watched:
         """
         with self._lock:
             if not self._page:
-                began = time.thread_time()
                 html = page_body(self._view, _ABOVE)
                 self._page = _json({"html": html, "page": page_data(self._view)})
-                self._cost = time.thread_time() - began
             return self._page
 
     def figures(self, query: str, parts: Sequence[Any]) -> list[str]:

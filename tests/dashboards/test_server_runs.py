@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -182,7 +183,6 @@ def test_a_large_quantity_reads_what_is_looked_at(tmp_path, monkeypatch):
 def test_a_view_grows_with_its_run_and_reads_only_what_is_new(
     write_run, tmp_path, monkeypatch, kept
 ):
-    monkeypatch.setattr("dashboards.live.watch._SLOW", -1)
     held = {"held": 10**9, "on demand": 0}[kept]
     monkeypatch.setattr("dashboards.live.watch.LIVE", Limits(held=held))
     write_run(tmp_path / "whole", updates=8, every=1)
@@ -191,7 +191,7 @@ def test_a_view_grows_with_its_run_and_reads_only_what_is_new(
     drawn = ("returns", "seeds", "pair-history", "conflict-layers", "pca", "quantity-runs")
     parts = [*([name, 0] for name in drawn), ["", 0], ["returns", 99]]
     first = watched.figures("update=3", parts)
-    assert watched.refresh() == 0
+    assert watched.refresh(-1) == 0
     assert first[-2:] == ["null", "null"]
     append(tmp_path / "whole", tmp_path / "r", since=4)
     asked = []
@@ -202,7 +202,7 @@ def test_a_view_grows_with_its_run_and_reads_only_what_is_new(
         return read(self, name, **what)
 
     monkeypatch.setattr(Run, "quantity", counting)
-    assert watched.refresh() == 1
+    assert watched.refresh(-1) == 1
     grown = watched.figures("update=7", parts)
     if kept == "held":
         assert [at for name, at in asked if name == "episode_return"] == [[4, 5, 6, 7]]
@@ -210,6 +210,16 @@ def test_a_view_grows_with_its_run_and_reads_only_what_is_new(
     assert grown == fresh.figures("update=7", parts)
     assert all(new != old for new, old in zip(grown[:-2], first[:-2], strict=True))
     assert watched.page() == fresh.page()
+
+
+def test_pages_that_ask_seldom_are_shown_the_same_updates(write_run, tmp_path):
+    write_run(tmp_path / "whole", updates=8, every=1)
+    write_run(tmp_path / "r", updates=4, every=1)
+    watched = Watched(RunIndex([tmp_path / "r"]), ["r"])
+    append(tmp_path / "whole", tmp_path / "r", since=4)
+    watched._looked = time.monotonic() - 2
+    assert watched.refresh(5.0) == 0  # fifty pages' pause
+    assert watched.refresh(1.0) == 1  # one page's
 
 
 def test_a_page_keeps_what_it_reads(write_run, tmp_path, monkeypatch):
@@ -237,15 +247,14 @@ def append(source, target, since):
             )
 
 
-def test_records_that_were_replaced_are_read_anew(write_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("dashboards.live.watch._SLOW", -1)
+def test_records_that_were_replaced_are_read_anew(write_run, tmp_path):
     write_run(tmp_path / "r", updates=4, seed=0)
     watched = Watched(RunIndex([tmp_path / "r"]), ["r"])
     before = watched.figures("", [["returns", 0]])
     write_run(tmp_path / "new", updates=6, seed=1)
     shutil.rmtree(tmp_path / "r")
     (tmp_path / "new").rename(tmp_path / "r")
-    assert watched.refresh() == 1
+    assert watched.refresh(-1) == 1
     fresh = Watched(RunIndex([tmp_path / "r"]), ["r"])
     assert watched.figures("", [["returns", 0]]) == fresh.figures("", [["returns", 0]])
     assert watched.figures("", [["returns", 0]]) != before

@@ -64,7 +64,6 @@ def test_numbers_that_are_rarely_known_are_kept(tmp_path, known):
 
 
 def test_what_a_view_holds_of_a_run_does_not_grow_with_it(tmp_path, write_run, monkeypatch):
-    monkeypatch.setattr("dashboards.live.watch._SLOW", -1)
     monkeypatch.setattr("dashboards.live.watch.LIVE", Limits(updates=8, read=8))
     run = write_run(tmp_path / "r", updates=4, every=1)
     values = {
@@ -82,7 +81,7 @@ def test_what_a_view_holds_of_a_run_does_not_grow_with_it(tmp_path, write_run, m
         for update in range(4, 84):
             writer.write(update, values)
             if update in {43, 83}:
-                watched.refresh()
+                watched.refresh(-1)
                 watched.page()
                 watched.figures("", parts)
                 (tables,) = watched._view.runs.values()
