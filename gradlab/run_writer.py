@@ -22,6 +22,7 @@ from gradlab.checks import Failed, UsageError
 from gradlab.quantity import Quantity
 from gradlab.sinks.record import Record
 from gradlab.sinks.sink import About, Forwarding, Sink
+from gradlab.versions import changed, versions
 
 SCHEMA = 1
 RUN_FILE = "run.json"
@@ -247,7 +248,18 @@ class RunWriter:
         notes: Sentences about this writer that its user should be told.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
+    def __init__(self, path: Path, *, resume: bool = False, packages: Sequence[str] = ()) -> None:
+        """Lock a run folder to write into it.
+
+        Args:
+            path: The folder.
+            resume: Go on with what is there.
+            packages: Distributions whose versions are recorded as well, as an environment's.
+
+        Raises:
+            UsageError: If a run is there (but for `resume`), another writes it, or it can't be
+                gone on with.
+        """
         if not resume:
             _check_free(path)
         if path.exists() and not path.is_dir():
@@ -276,6 +288,13 @@ class RunWriter:
         try:
             if (path / RUN_FILE).is_file():
                 self._info |= _known(path / RUN_FILE)
+            own = versions(*packages)
+            if differing := changed(self._info.get("versions"), own):
+                self.notes.append(
+                    f"{path} was begun with {', '.join(differing)}: what follows may differ from "
+                    "what that would have done."
+                )
+            self._info["versions"] = own
             if not resume:
                 _check_free(path)  # another may have come and gone meanwhile
             self._open()

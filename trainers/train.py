@@ -10,6 +10,7 @@ from gradlab.run_writer import NotWritten, RunWriter, is_run
 from gradlab.sinks.known import make_sinks
 from trainers.checkpoints import Checkpoint, newest_checkpoint, read_for_all
 from trainers.config import MAY_DIFFER, TrainConfig, differing_settings
+from trainers.envs import packages_of
 from trainers.loop import Progress, Trainer, describe
 from trainers.processes import ALONE, Group, command
 
@@ -50,7 +51,7 @@ def train_run(
     sinks = make_sinks(config.log)
     trainer = Trainer(config, group)
     try:
-        with _Unwritten(out) if group.rank else RunWriter(out, resume=resume) as writer:
+        with _writer(config, out, group, resume=resume) as writer:
             checkpoint, problems = read_for_all(
                 group, lambda: _onwards_from(out, writer.newest_update())
             )
@@ -76,6 +77,12 @@ def train_run(
             f"{command(group.size)} --resume --out {out}"
         ) from None
     return finished
+
+
+def _writer(config: TrainConfig, out: Path, group: Group, *, resume: bool) -> RunWriter:
+    if group.rank:
+        return _Unwritten(out)
+    return RunWriter(out, resume=resume, packages=packages_of(config.env))
 
 
 class _Unwritten(RunWriter):

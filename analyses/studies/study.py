@@ -1,9 +1,7 @@
 """What a study is, and how it is run: a sweep or a simulation, then one report."""
 
-import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ from analyses.studies.verdict import Verdict
 from gradlab.checks import Failed, check
 from gradlab.run import Run
 from gradlab.run_writer import write_atomically
+from gradlab.versions import versions
 from trainers.sweeps import Sweep, find_sweep, make_engine, plan_runs, run_sweep
 
 Progress = Callable[[int, int], None]
@@ -143,6 +142,7 @@ def run_study(
     check(budget in budgets, "budget", f"be one of {', '.join(budgets)}", budget)
     if isinstance(study, Simulation):
         findings, of_runs = study.draw(budgets[budget], progress), []
+        made_with = [versions()]
     else:
         sweep = find_sweep(plan_runs(budgets[budget]), out / RUNS)
         train(sweep)
@@ -150,6 +150,7 @@ def run_study(
         if not done:
             raise Failed(f"no run of the study is done, so there is nothing to report: {out}")
         findings, of_runs = study.read(done), _of_runs(sweep, done, budgets[budget])
+        made_with = [run.info.get("versions", {}) for run in done]
     report = report_of(study.name, out)
     folder = report.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,19 +160,23 @@ def run_study(
             write_atomically(folder / f"{name}.svg", figure.encode())
         for name, table in part.tables.items():
             write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
-    write_atomically(report, _markdown(study, budget, findings, of_runs).encode())
+    write_atomically(
+        report, _markdown(study, budget, findings, of_runs, _named(made_with)).encode()
+    )
     return report
 
 
 def _markdown(
-    study: Study | Simulation, budget: str, findings: Findings, of_runs: Sequence[str]
+    study: Study | Simulation,
+    budget: str,
+    findings: Findings,
+    of_runs: Sequence[str],
+    packages: str,
 ) -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("gradlab", "torch", "vmas"))
     lines = [
         f"# {study.question}",
         "",
-        f"Printed by `gradlab study {study.name} --budget {budget}` with {packages}, "
-        f"Python {platform.python_version()}.",
+        f"Printed by `gradlab study {study.name} --budget {budget}` with {packages}.",
         "",
         *(f"- {verdict}" for verdict in findings.verdicts),
         "",
@@ -184,6 +189,16 @@ def _markdown(
         *of_runs,
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _named(made_with: Sequence[Mapping[str, str]]) -> str:
+    """The versions that runs were made with, all of them where they differ."""
+    found: dict[str, dict[str, None]] = {}
+    for packages in made_with:
+        for name, version in packages.items():
+            found.setdefault(name, {})[version] = None
+    named = [f"{name} {' and '.join(several)}" for name, several in found.items()]
+    return ", ".join(named) or "versions that its runs do not say"
 
 
 def _part(part: Findings | Section, about: str) -> list[str]:

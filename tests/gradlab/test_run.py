@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import sqlite3
 import tracemalloc
 from contextlib import closing
@@ -70,6 +71,34 @@ def test_a_run_that_is_written_tells_that_it_has_changed(tmp_path):
         versions.append(run.version())
     versions.append(run.version())  # the writer has left
     assert len(set(versions)) == 4
+
+
+def test_versions_are_recorded_and_going_on_in_others_is_told(tmp_path, monkeypatch):
+    folder = tmp_path / "r"
+    monkeypatch.setattr("gradlab.versions.version", {"torch": "2.9", "vmas": "1.5"}.__getitem__)
+    monkeypatch.setattr("gradlab.versions._ALWAYS", ("torch",))
+    with RunWriter(folder, packages=["vmas"]) as writer:
+        writer.describe(state="stopped")
+        assert not writer.notes
+    python = platform.python_version()
+    assert open_run(folder).info["versions"] == {"python": python, "torch": "2.9", "vmas": "1.5"}
+    monkeypatch.setattr("gradlab.versions.version", {"torch": "2.13", "vmas": "1.5"}.__getitem__)
+    with RunWriter(folder, resume=True, packages=["vmas"]) as writer:
+        (note,) = writer.notes
+        assert f"{folder} was begun with torch 2.9 (now 2.13): what follows may differ" in note
+        writer.describe(state="done")
+    assert open_run(folder).info["versions"]["torch"] == "2.13"
+
+
+@pytest.mark.parametrize("said", [3, ["torch"], {"torch": [1] * 99}])
+def test_versions_that_somebody_wrote_end_no_run(tmp_path, said):
+    folder = tmp_path / "r"
+    with RunWriter(folder) as writer:
+        writer.describe(state="stopped")
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | {"versions": said}))
+    with RunWriter(folder, resume=True) as writer:
+        assert all(len(note) < 300 + len(str(folder)) for note in writer.notes)
 
 
 def test_a_run_whose_writer_left_without_a_word_died(tmp_path):

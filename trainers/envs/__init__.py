@@ -24,21 +24,23 @@ class Family(NamedTuple):
             that the family needs is not installed.
         make: Makes one, from its name and the keyword arguments of `make_env`; raises UsageError,
             which says what to install, if a package is not installed.
+        packages: Distributions that its environments are from.
         splits: Whether some copies alone can be what they are among all, which an argument `share`
             then asks for.
     """
 
     names: Callable[[], Iterable[str]]
     make: Callable[..., VectorEnv]
+    packages: tuple[str, ...]
     splits: bool = True
 
 
 FAMILIES = {
-    "smax": Family(map_names, SmaxEnv),
-    "vmas": Family(scenario_files, VmasEnv),
-    "bps": Family(lambda: GROUPS, BlindSpread, splits=False),
-    "pettingzoo": Family(module_names, make_pettingzoo),
-    "mamujoco": Family(mamujoco_names, MujocoEnv),
+    "smax": Family(map_names, SmaxEnv, ("jaxmarl", "jax")),
+    "vmas": Family(scenario_files, VmasEnv, ("vmas",)),
+    "bps": Family(lambda: GROUPS, BlindSpread, (), splits=False),
+    "pettingzoo": Family(module_names, make_pettingzoo, ("pettingzoo", "gymnasium", "mpe2")),
+    "mamujoco": Family(mamujoco_names, MujocoEnv, ("gymnasium-robotics", "mujoco")),
 }
 """By what their names begin with, before the slash."""
 
@@ -53,6 +55,19 @@ def environment_names() -> list[str]:
         *NAMES,
         *(f"{prefix}/{name}" for prefix, family in FAMILIES.items() for name in family.names()),
     ]
+
+
+def packages_of(name: str) -> tuple[str, ...]:
+    """Look up which packages an environment is from.
+
+    Args:
+        name: An environment's name, as `make_env` takes it.
+
+    Returns:
+        Names under which they are distributed; none for gradlab's and one's own.
+    """
+    family = FAMILIES.get(name.partition("/")[0])
+    return family.packages if family else ()
 
 
 def make_env(
