@@ -46,6 +46,7 @@ WRONG = {
     "run": (["conflict", "nowhere"], "nowhere does not exist"),
     "page": (["dashboard", "nowhere", "--html", "p.html"], "nowhere does not exist"),
     "folder": (["runs", "nowhere"], "nowhere is not a folder"),
+    "no_runs": (["runs", "."], ". holds no run, at no depth"),
     "command": (["trian"], "invalid choice: 'trian'"),
 }
 

@@ -175,13 +175,19 @@ def runs(options: argparse.Namespace) -> None:
         options: The parsed command line.
 
     Raises:
-        UsageError: If there is no such folder.
+        UsageError: If there is no such folder, or no run in it.
     """
     from analyses.listing import list_runs
 
     if not options.folder.is_dir():
         raise UsageError(f"{options.folder} is not a folder. Give the folder that holds the runs.")
-    _print_table(list_runs(options.folder), "table", f"Runs in {options.folder}")
+    found = list_runs(options.folder)
+    if found.empty:
+        raise UsageError(
+            f"{options.folder} holds no run, at no depth. Give the folder that holds the runs, or "
+            f"make one: gradlab train --out {options.folder / 'first'}"
+        )
+    _print_table(found, "table", f"Runs in {options.folder}")
 
 
 def _print_problems(runs: "Sequence[Run]") -> None:
