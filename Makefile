@@ -13,7 +13,7 @@ test: $(VENV)/.installed browser rendering  ## all tests but the slow ones
 	$(BIN)/pytest -q -n auto --dist loadgroup -m "not slow"
 
 test-all: $(VENV)/.installed browser rendering  ## all tests, with every array's shape checked in every call
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[umap]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[umap,ray]"
 	$(BIN)/pytest -q -n auto --dist loadgroup \
 		--jaxtyping-packages=gradlab,trainers,analyses,dashboards,beartype.beartype
 

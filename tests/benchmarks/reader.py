@@ -92,14 +92,21 @@ class Reader:
         began = time.perf_counter()
         body = None if question is None else json.dumps(question)
         headers = {} if body is None else {"Content-Type": "application/json"}
-        self._connection.request(method, path, body, headers)
-        answer = self._connection.getresponse()
-        text = answer.read()
+        try:
+            answer, text = self._send(method, path, body, headers)
+        except ConnectionError:  # it was let go while nothing was asked: as a browser does
+            self._connection.close()
+            answer, text = self._send(method, path, body, headers)
         assert answer.status == 200, (answer.status, path, text[:200])
         self.slowest = max(self.slowest, time.perf_counter() - began)
         self.asked += 1
         self.bytes += len(text)
         return text
+
+    def _send(self, method, path, body, headers):
+        self._connection.request(method, path, body, headers)
+        answer = self._connection.getresponse()
+        return answer, answer.read()
 
 
 class Crowd:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 from measure import RESULTS
 
@@ -492,24 +492,31 @@ def soak():
 def browsers():
     record = load("browsers")
     found = record["rows"]
-    slowed, rounds = found["slowed by, %"], found["rounds"]
-    watched = [turn[str(found["readers"])] for turn in rounds]
-    alone = [turn["0"] for turn in rounds]
-    answered = sum(turn["readers"]["requests"] for turn in watched)
+    slowed, answered = found["slowed by, %"], found["answered"]
+    watched, alone = (
+        [turn for turn in found["turns"] if turn["readers"] is looked_at]
+        for looked_at in (True, False)
+    )
+    low, high = slowed["interval"]
+
+    def quartiles(name):
+        cuts = quantiles(slowed[name], n=4)
+        return cuts[0], cuts[2]
+
     rows = [
         (
-            "a training is slowed by, median of the rounds",
-            f"{slowed['median']:+.1f} %",
+            "a training is slowed by, median of the pairs",
+            f"{slowed['median']:+.1f} % ({low:+.1f} to {high:+.1f})",
             f"{found['limits']['slowed by, %']} %",
         ),
-        ("the rounds", ", ".join(f"{percent:+.1f} %" for percent in slowed["rounds"]), ""),
-        (
-            "the trainer's CPU for an update, the rounds",
-            ", ".join(f"{percent:+.1f} %" for percent in slowed["CPU of the trainer, rounds"]),
-            "",
+        *(
+            (f"half of the pairs, {what}", "{:+.1f} to {:+.1f} %".format(*quartiles(name)), "")
+            for what, name in (
+                ("time of an update", "pairs"),
+                ("the trainer's CPU for an update", "CPU of the trainer, pairs"),
+            )
         ),
-        ("requests, all answered", f"{answered:,}", ""),
-        ("slowest answer", f"{max(turn['readers']['slowest'] for turn in watched):.2f} s", ""),
+        ("requests, all answered", f"{answered['requests']:,}", ""),
     ]
     for name, turns, of in (
         ("trainer, alone", alone, "trainer"),
@@ -522,7 +529,7 @@ def browsers():
     return (
         f"## Many readers\n\nA training of {found['updates']} updates on one thread, one update in "
         f"ten diagnosed, and the server of its run: with {found['readers']} readers and without, by "
-        "turns. A reader asks what an open page asks. They, the server and the trainer share two "
+        f"turns, {len(watched)} of each. A reader asks what an open page asks. They, the server and the trainer share two "
         "cores.\n\n" + table(("what", "measured", "aim"), rows) + provenance(record)
     )
 
