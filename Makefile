@@ -15,7 +15,7 @@ test: $(VENV)/.installed browser rendering  ## all tests but the slow ones
 test-all: $(VENV)/.installed browser rendering  ## all tests, with every array's shape checked in every call
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[umap,ray]"
 	$(BIN)/pytest -q -n auto --dist loadgroup \
-		--jaxtyping-packages=gradlab,trainers,analyses,dashboards,beartype.beartype
+		--jaxtyping-packages=gradlab,trainers,analyses,dashboards,strict.check
 
 check: $(VENV)/.installed  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

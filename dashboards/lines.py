@@ -209,7 +209,7 @@ def lines_figure(
 
 
 def band(
-    x: Sequence[float | None],
+    x: Sequence[int | None] | Sequence[float | None],
     low: Iterable[float],
     high: Iterable[float],
     *,

@@ -103,6 +103,10 @@ class Reader:
         self.bytes += len(text)
         return text
 
+    def close(self):
+        """Let go of the connection."""
+        self._connection.close()
+
     def _send(self, method, path, body, headers):
         self._connection.request(method, path, body, headers)
         answer = self._connection.getresponse()

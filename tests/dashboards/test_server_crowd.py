@@ -67,3 +67,5 @@ def test_fifty_readers_of_a_live_run_are_all_answered(live):
     newcomer = Reader(address)
     newcomer.open()
     assert newcomer.look() == last
+    for reader in (*crowd.readers, newcomer):
+        reader.close()
