@@ -384,6 +384,8 @@ def test_unreachable_cluster_is_one_line_and_nothing_is_trained(
     assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
 
 
+# Where another test has loaded JAX, Ray's starting of processes is warned about.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 @pytest.mark.slow
 def test_ray_trains_the_same_and_tries_a_killed_task_again(tmp_path):
     psutil = pytest.importorskip("psutil")

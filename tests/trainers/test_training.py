@@ -33,7 +33,7 @@ def train(folder, **settings):
 @pytest.mark.parametrize("method", slow_but(METHODS, "fups", "hypermarl", "hypermarl-coupled"))
 def test_diagnosed_run_ends_with_the_weights_of_a_plain_one(tmp_path, method):
     often = {"effects_every": 2, "effects_preconditioned": True}
-    often["seps"] = {"pretraining_frames": 512}
+    often["seps"] = {"pretraining_frames": 256}  # one update: its optimisers begin anew then
     diagnosed, run = train(tmp_path / "a", method=method, **often)
     plain, _ = train(tmp_path / "b", method=method, diagnostics="off", seps=often["seps"])
     for one, other in zip(diagnosed.actor.parameters(), plain.actor.parameters(), strict=True):
