@@ -5,6 +5,7 @@ here (an extra that `make` leaves out) keeps its row.
 """
 
 import re
+import sysconfig
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import Distribution, distributions
@@ -36,7 +37,11 @@ distributes gradlab and VMAS together distributes something under the GPL.
 @cache
 def installed() -> dict[str, Distribution]:
     """Distributions of this environment by name."""
-    return {canonicalize_name(d.metadata["Name"]): d for d in distributions()}
+    # Where they are installed: Ray, once imported, has others beside it on the path.
+    found = distributions(
+        path=sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    )
+    return {canonicalize_name(d.metadata["Name"]): d for d in found}
 
 
 def constraints() -> dict[str, str]:
