@@ -92,11 +92,9 @@ class Reader:
         began = time.perf_counter()
         body = None if question is None else json.dumps(question)
         headers = {} if body is None else {"Content-Type": "application/json"}
-        try:
-            answer, text = self._send(method, path, body, headers)
-        except ConnectionError:  # it was let go while nothing was asked: as a browser does
-            self._connection.close()
-            answer, text = self._send(method, path, body, headers)
+        self._connection.request(method, path, body, headers)
+        answer = self._connection.getresponse()
+        text = answer.read()
         assert answer.status == 200, (answer.status, path, text[:200])
         self.slowest = max(self.slowest, time.perf_counter() - began)
         self.asked += 1
@@ -106,11 +104,6 @@ class Reader:
     def close(self):
         """Let go of the connection."""
         self._connection.close()
-
-    def _send(self, method, path, body, headers):
-        self._connection.request(method, path, body, headers)
-        answer = self._connection.getresponse()
-        return answer, answer.read()
 
 
 class Crowd:
