@@ -136,11 +136,12 @@ def main():
         return
     order = [turn for n in range(options.pairs) for turn in ((True, False), (False, True))[n % 2]]
     turns, readers = measure(options.readers, order)
+    pairs = [
+        {turn["readers"]: turn for turn in pair}
+        for pair in zip(turns[::2], turns[1::2], strict=True)
+    ]
     slowed, dearer = (
-        [
-            100 * (max(pair, key=by_readers)[what] / min(pair, key=by_readers)[what] - 1)
-            for pair in zip(turns[::2], turns[1::2], strict=True)
-        ]
+        [100 * (pair[True][what] / pair[False][what] - 1) for pair in pairs]
         for what in ("ms per update", "ms of CPU per update")
     )
     low, high = bootstrap((slowed,), np.median, rng=np.random.default_rng(0)).confidence_interval
@@ -160,11 +161,6 @@ def main():
     }
     print(json.dumps({k: v for k, v in found.items() if k != "turns"}, indent=2))
     write("browsers", found, packages=("torch", "numpy", "plotly", "dash", "waitress"))
-
-
-def by_readers(turn):
-    """Whether it was looked on."""
-    return turn["readers"]
 
 
 if __name__ == "__main__":

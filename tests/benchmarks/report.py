@@ -529,8 +529,10 @@ def browsers():
     return (
         f"## Many readers\n\nA training of {found['updates']} updates on one thread, one update in "
         f"ten diagnosed, and the server of its run: with {found['readers']} readers and without, by "
-        f"turns, {len(watched)} of each. A reader asks what an open page asks. They, the server and the trainer share two "
-        "cores.\n\n" + table(("what", "measured", "aim"), rows) + provenance(record)
+        f"turns, {len(watched)} of each. A reader asks what an open page asks. They, the server and "
+        "the trainer share two cores.\n\n"
+        + table(("what", "measured", "aim"), rows)
+        + provenance(record)
     )
 
 
