@@ -230,6 +230,15 @@ class Run:
         return config if isinstance(config, dict) else {}
 
     @property
+    def versions(self) -> dict[str, str]:
+        """Versions of Python, gradlab, torch, numpy and the environment's packages, by name.
+
+        Of an older run, or if run.json is lost, empty.
+        """
+        found = self.info.get("versions", {})
+        return {str(name): str(v) for name, v in found.items()} if isinstance(found, dict) else {}
+
+    @property
     def method(self) -> str:
         """The sharing scheme's registered name, "unknown" if run.json is lost.
 

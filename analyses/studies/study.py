@@ -150,7 +150,7 @@ def run_study(
         if not done:
             raise Failed(f"no run of the study is done, so there is nothing to report: {out}")
         findings, of_runs = study.read(done), _of_runs(sweep, done, budgets[budget])
-        made_with = [run.info.get("versions", {}) for run in done]
+        made_with = [run.versions for run in done]
     report = report_of(study.name, out)
     folder = report.parent
     folder.mkdir(parents=True, exist_ok=True)

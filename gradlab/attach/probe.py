@@ -1,9 +1,7 @@
 """Diagnosing networks while somebody else's loop trains them."""
 
 import functools
-import importlib.metadata
 import inspect
-import platform
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -173,16 +171,13 @@ class Probe:
             agents=self._agents,
             agent_names=names,
             attached=True,
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "gradlab": importlib.metadata.version("gradlab"),
-            },
             config=self._config,
             state="running",
         )
         self._writer.forward(made, self.update, _warn)
         self._finish = weakref.finalize(self, finish, self._writer)
+        for sentence in self._writer.notes:
+            self._tell(sentence)
         for sentence in frozen:
             self._tell(f"not trained, and so left out: {sentence}.")
 

@@ -1,4 +1,5 @@
 import copy
+import json
 import warnings
 
 import numpy as np
@@ -257,6 +258,16 @@ def test_resumed_run_goes_on_counting(tmp_path):
     run = gradlab.open_run(tmp_path / "run")
     assert run.updates("loss") == [0, 1, 2, 3, 4, 5]
     assert run.updates("cosine") == [0, 2, 4]
+
+
+def test_going_on_with_other_versions_is_told(tmp_path):
+    attached(network(), tmp_path, agents=AGENTS).close()
+    file = tmp_path / "run" / "run.json"
+    info = json.loads(file.read_text())
+    assert info["versions"].keys() == {"python", "gradlab", "torch", "numpy"}
+    file.write_text(json.dumps(info | {"versions": {**info["versions"], "torch": "2.9.0"}}))
+    with pytest.warns(UserWarning, match=r"was begun with torch 2\.9\.0 \(now "):
+        gradlab.Probe(network(), loss, out=tmp_path / "run", agents=AGENTS, resume=True).close()
 
 
 def test_decorated_update_is_diagnosed_before_it_runs(tmp_path):
