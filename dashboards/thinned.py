@@ -21,7 +21,7 @@ class Thinned:
 
     Attributes:
         array: The quantity as of `Run.quantity`; one that is large reads what is looked at.
-        count: How many records there are.
+        count: How many records there are, those that are not whole among them.
         places: Which of them are kept, counted from 0 [update].
         held: Whether its numbers were read.
     """
@@ -54,7 +54,7 @@ def read_thinned(
         before = None
     known = np.empty(0, np.int64) if before is None else before.array["update"].to_numpy()
     since = int(known[-1]) + 1 if len(known) else 0
-    fresh = np.array(run.updates(quantity, since=since), np.int64)
+    fresh = run.marks(quantity, since=since)
     count = (0 if before is None else before.count) + len(fresh)
     stride = _stride(count, most)
     updates = np.concatenate([known, fresh])
@@ -66,17 +66,15 @@ def read_thinned(
         told = run.quantity(quantity, since=since)
         if before is not None:
             told = xr.concat([before.array, told], "update")
-        number = np.isfinite(told.sel(update=updates).to_numpy())
+        number = np.isfinite(told.reindex(update=updates).to_numpy())
     kept = _kept(places, number, stride)
     small = len(kept) * math.prod(map(len, axes.values())) * 8 <= held
-    return Thinned(
-        array=_array(run, quantity, updates[kept], before if small else None)
-        if small
-        else on_demand(run, quantity, updates[kept].tolist()),
-        count=count,
-        places=places[kept],
-        held=small,
-    )
+    if small:
+        array = _array(run, quantity, updates[kept], before)
+    else:
+        array = on_demand(run, quantity, run.updates(quantity, at=updates[kept].tolist()))
+    whole = np.isin(updates[kept], array["update"])
+    return Thinned(array=array, count=count, places=places[kept][whole], held=small)
 
 
 def _stride(count: int, most: int) -> int:

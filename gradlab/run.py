@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 from filelock import FileLock, Timeout
+from jaxtyping import Int
 
 from gradlab.axes import misfit
 from gradlab.checks import UsageError, unknown_name
@@ -34,6 +35,7 @@ _EMBEDDING = "embedding_"
 _LAST = 2**63 - 1  # the largest number that the store holds
 _LARGEST_RECORD = 10**9  # bytes; SQLite holds no more
 _MOST_AXES = 16
+_MEANWHILE = 10**6  # bytes that are written between a look at the files and one at the records
 _DTYPE = re.compile(r"[<|][biuf][0-9]{1,2}")
 
 
@@ -165,6 +167,11 @@ def _cell(place: list[int], shape: list[int]) -> int:
     return position
 
 
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise sqlite3.DatabaseError("its records are larger than the file")
+
+
 def _status(file: Path) -> os.stat_result | None:
     try:
         return file.stat()
@@ -294,12 +301,13 @@ class Run:
         known = self._known(name)
         return {dim: list(known.coordinates[dim]) for dim in known.dims}
 
-    def updates(self, name: str, *, since: int = 0) -> list[int]:
+    def updates(self, name: str, *, since: int = 0, at: Sequence[int] | None = None) -> list[int]:
         """List the updates at which a quantity was recorded without reading its records.
 
         Args:
             name: One of `quantities`.
             since: The first update to list.
+            at: Those to choose from, in place of all.
 
         Returns:
             Updates, ascending; of all those of when they were first asked for.
@@ -308,11 +316,43 @@ class Run:
             UsageError: If no such quantity is recorded.
         """
         self._known(name)
-        if since > 0:
-            return [update for update, _ in self._rows(name, 0, 0, since)]
+        if since > 0 or at is not None:
+            return [update for update, _ in self._rows(name, 0, 0, since, at=at)]
         if name not in self._updates:
             self._updates[name] = [update for update, _ in self._rows(name, 0, 0)]
         return list(self._updates[name])
+
+    def marks(self, name: str, *, since: int = 0) -> Int[np.ndarray, " record"]:
+        """List the updates of a quantity's records as the index has them, however long the run.
+
+        Args:
+            name: One of `quantities`.
+            since: The first update to list.
+
+        Returns:
+            Updates, ascending; those of records that are not whole, which nothing else shows, too.
+
+        Raises:
+            UsageError: If no such quantity is recorded.
+        """
+        size = self._known(name).size
+        if self._salvaged is None and self._database is not None:
+            # One text: a tenth of the time that as many rows take.
+            query = (
+                'SELECT group_concat("update"), count(*) FROM (SELECT "update" FROM record WHERE '
+                'quantity = :name AND "update" BETWEEN :since AND :until AND '
+                'typeof("update") = \'integer\' ORDER BY "update" LIMIT :most)'
+            )
+            most = self._most(size)
+            wanted = {"name": name, "since": since, "until": _LAST, "most": most + 1}
+            try:
+                text, count = self._database.execute(query, wanted).fetchone()
+                _check_count(count, most)
+                return np.array(text.split(",") if count else [], np.int64)
+            except sqlite3.DatabaseError as error:
+                self._salvage(str(error))
+        whole = sorted((self._salvaged or {}).get(name, {}))
+        return np.array([update for update in whole if update >= since], np.int64)
 
     def newest(self, name: str) -> int | None:
         """Look up the last update at which a quantity was recorded, however long the run.
@@ -344,8 +384,8 @@ class Run:
             name: One of `quantities`.
             since: The first update to read.
             until: The last update to read.
-            at: The updates to read, ascending, in place of all from `since` to `until`; those at
-                which it was not recorded are left out.
+            at: The updates to read, in place of all from `since` to `until`; those at which it was
+                not recorded are left out.
             where: A label for each axis to fix, e.g. {"layer": "all"}; of every record only the
                 bytes from the first to the last number that is asked for are taken.
 
@@ -368,10 +408,7 @@ class Run:
             begin = [fixed.get(dim, 0) for dim in known.dims]
             first, end = (_cell(place, known.shape) for place in (begin, last))
             count = end - first + 1
-        spans = [(since, until)] if at is None else [(update, update) for update in at]
-        rows = [
-            row for span in spans for row in self._rows(name, first * item, count * item, *span)
-        ]
+        rows = self._rows(name, first * item, count * item, since, until, at=at)
         values = np.frombuffer(b"".join(data for _, data in rows), dtype=known.dtype)
         values = values.reshape(len(rows), count)
         if rows and count != math.prod(shape):
@@ -554,6 +591,7 @@ class Run:
         since: int = 0,
         until: int = _LAST,
         *,
+        at: Sequence[int] | None = None,
         newest: bool = False,
     ) -> list[tuple[int, bytes]]:
         """Of each update, or the newest, whose record is whole: its number, `count` bytes of it."""
@@ -561,38 +599,41 @@ class Run:
         if self._salvaged is None and self._database is not None:
             # `substr` reads a record up to what it takes; type and length are told without.
             part = "substr(array, :start + 1, :count)" if count else "x''"
+            among = "" if at is None else 'AND "update" IN (SELECT value FROM json_each(:at)) '
             query = (
                 f'SELECT "update", {part} FROM record WHERE quantity = :name '
                 'AND "update" BETWEEN :since AND :until AND typeof("update") = \'integer\' '
-                "AND typeof(array) = 'blob' AND length(array) = :size "
-                f'ORDER BY "update" {"DESC LIMIT 1" if newest else ""}'
+                f"AND typeof(array) = 'blob' AND length(array) = :size {among}"
+                f'ORDER BY "update" {"DESC" if newest else ""} LIMIT :most'
             )
+            most = self._most(size)
             wanted = {"name": name, "start": start, "count": count, "since": since, "until": until}
+            wanted |= {"size": size, "most": 1 if newest else most + 1}
+            wanted |= {} if at is None else {"at": json.dumps(list(at))}
             try:
-                return list(self._no_more_than_there_is(query, wanted | {"size": size}))
+                rows = self._database.execute(query, wanted).fetchall()
+                _check_count(len(rows), most)
+                return rows
             except sqlite3.DatabaseError as error:
                 self._salvage(str(error))
         whole = (self._salvaged or {}).get(name, {})
+        chosen = None if at is None else set(at)
         return [
             (update, data[start : start + count])
             for update, data in sorted(whole.items())
-            if since <= update <= until and len(data) == size
+            if since <= update <= until
+            and len(data) == size
+            and (chosen is None or update in chosen)
         ]
 
-    def _no_more_than_there_is(
-        self, query: str, wanted: Mapping[str, object]
-    ) -> Iterator[tuple[Any, ...]]:
-        """Rows that end with bytes; pages that are used again and again could go on for ever."""
-        assert self._database is not None
-        left: int | None = None
-        for row in self._database.execute(query, wanted):
-            if left is None:  # not before: what is written meanwhile is in none of these rows
-                files = (_status(self.path / f"{RECORDS_FILE}{end}") for end in ("", "-wal"))
-                left = sum(status.st_size for status in files if status is not None)
-            left -= len(row[-1]) if isinstance(row[-1], bytes) else 0
-            if left < 0:
-                raise sqlite3.DatabaseError("its records are larger than the file")
-            yield row
+    def _stored(self) -> int:
+        """Bytes of the files that hold the records, and of what may be written meanwhile."""
+        files = (_status(self.path / f"{RECORDS_FILE}{end}") for end in ("", "-wal"))
+        return _MEANWHILE + sum(status.st_size for status in files if status is not None)
+
+    def _most(self, size: int) -> int:
+        """Tell how many records of a size there can be; pages could be used again and again."""
+        return self._stored() // (size + 1) + 1
 
     def _salvage(self, cause: str) -> None:
         """Read the records in the order they were written, up to the first that is damaged."""
@@ -600,9 +641,13 @@ class Run:
         last = -1
         query = 'SELECT quantity, "update", array FROM record NOT INDEXED ORDER BY rowid'
         try:
-            for name, update, data in self._no_more_than_there_is(query, {}):
+            assert self._database is not None
+            left = self._stored()
+            for name, update, data in self._database.execute(query):
                 if not (isinstance(update, int) and isinstance(data, bytes)):
                     raise sqlite3.DatabaseError("a record without content")
+                left -= len(data)
+                _check_count(0, left)
                 whole.setdefault(name, {})[update] = data
                 last = max(last, update)
         except sqlite3.DatabaseError:

@@ -1,4 +1,6 @@
 import math
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -61,6 +63,23 @@ def test_numbers_that_are_rarely_known_are_kept(tmp_path, known):
     found = read_thinned(open_run(tmp_path / "r"), "number", most=MOST, held=0).array.to_numpy()
     assert len(found) >= MOST / 2
     assert np.isfinite(found[:-1]).all()  # the last is the last, whatever it is
+
+
+@pytest.mark.parametrize("held", [0, 10**9])
+@pytest.mark.parametrize("name", ["matrix", "number"])
+def test_a_record_that_is_not_whole_is_counted_and_left_out(tmp_path, name, held):
+    with RunWriter(tmp_path / "r") as writer:
+        for update in range(32):
+            write(writer, update, 1.0)
+    file = tmp_path / "r" / "records.sqlite"
+    with closing(sqlite3.connect(file, isolation_level=None)) as database:
+        database.execute('UPDATE record SET array = substr(array, 2) WHERE "update" IN (8, 31)')
+    found = read_thinned(open_run(tmp_path / "r"), name, most=MOST, held=held)
+    assert found.count == 32
+    # of a number the next in the stretch can be taken
+    kept = [0, *([8 + 1] if name == "number" else []), 16, 24]
+    assert found.places.tolist() == found.array["update"].to_numpy().tolist() == kept
+    assert np.isfinite(found.array.to_numpy()).all()
 
 
 def test_what_a_view_holds_of_a_run_does_not_grow_with_it(tmp_path, write_run, monkeypatch):

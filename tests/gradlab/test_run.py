@@ -205,8 +205,29 @@ def test_records_that_are_more_than_their_file_holds_are_not_gone_on_reading(tmp
     assert run.quantity("a").sizes["update"] == 9
     status = os.stat_result((0,) * 6 + (20_000, 0, 0, 0))
     monkeypatch.setattr("gradlab.run._status", lambda file: status if file.suffix else None)
-    assert run.quantity("a").sizes["update"] < 9
-    assert "its records are larger than the file" in run.problems[-1]
+    monkeypatch.setattr("gradlab.run._MEANWHILE", 0)
+    for read in (lambda run: run.quantity("a")["update"], lambda run: run.marks("a")):
+        run = open_run(tmp_path / "r")
+        assert len(read(run)) < 9
+        assert "its records are larger than the file" in run.problems[-1]
+
+
+def test_marks_are_the_records_whole_or_not(tmp_path):
+    with RunWriter(tmp_path / "r") as writer:
+        for update in range(0, 20, 2):
+            writer.write(update, {"a": xr.DataArray(np.arange(3.0), dims="x")})
+    with closing(sqlite3.connect(tmp_path / "r" / "records.sqlite", isolation_level=None)) as d:
+        d.execute('UPDATE record SET array = substr(array, 2) WHERE "update" = 6')
+        d.execute('UPDATE record SET "update" = 8.5 WHERE "update" = 8')
+    run = open_run(tmp_path / "r")
+    assert run.marks("a").tolist() == [0, 2, 4, 6, 10, 12, 14, 16, 18]
+    assert run.marks("a", since=13).tolist() == [14, 16, 18]
+    assert run.marks("a", since=19).tolist() == []
+    assert run.updates("a") == [0, 2, 4, 10, 12, 14, 16, 18]
+    assert run.updates("a", at=[12, 6, 5, 4]) == [4, 12]
+    assert run.quantity("a", at=[12, 6, 5, 4])["update"].to_numpy().tolist() == [4, 12]
+    with pytest.raises(UsageError, match="b"):
+        run.marks("b")
 
 
 def test_a_quantity_of_gradlabs_name_and_other_axes_is_passed_over(tmp_path):
