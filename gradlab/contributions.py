@@ -136,6 +136,7 @@ def psi_products(
     of_theta: Mapping[str, Products],
     means: Mapping[str, PerSample],
     budget: int = DEFAULT_BUDGET,
+    after: Theta | None = None,
 ) -> Products:
     r"""Inner products between what the agents make of their sums over clusters.
 
@@ -151,6 +152,7 @@ def psi_products(
         of_theta: Their products by policy parameter.
         means: What `contributions` makes of the agents' means, in any precision.
         budget: Bytes that what is kept for one stretch of clusters may take.
+        after: As for `Moments.parameter_products`.
 
     Returns:
         The products in float64, with a leading axis of trained parameters, in their order.
@@ -176,6 +178,12 @@ def psi_products(
         known = _of_sums(z, of_theta, clusters)
         found.append(_products(pulled, whole, last, moments.count, known))
         last = {name: rows.some(slice(length - 1, None, length)) for name, rows in pulled.items()}
+    if after is not None:
+        z = {name: sums.flatten(0, 1).to(dtype) for name, sums in after.items()}
+        pulled = contributions(generator, z, numbers)
+        further = _products(pulled, whole, last, moments.count, {})
+        nothing = further.within[:, :0]
+        found.append(Products(nothing, nothing, further.following))
     return Products(*(torch.cat(kind, dim=1) for kind in zip(*found, strict=True)))
 
 

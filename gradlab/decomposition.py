@@ -34,6 +34,7 @@ from gradlab.engine.moments import Moments
 from gradlab.engine.part import Part, batch_axes, in_precision
 from gradlab.engine.per_sample import PerSample, Rows
 from gradlab.engine.plan import Engine
+from gradlab.engine.processes import Group, Shared
 from gradlab.engine.surrogate import Surrogate, Theta, explained
 from gradlab.estimates import Estimates
 from gradlab.factorisation import factorise, reads_observation
@@ -130,6 +131,7 @@ def decompose(
     precise: nn.Module | None = None,
     engine: Engine = "auto",
     budget: int = DEFAULT_BUDGET,
+    group: Group | None = None,
 ) -> Decomposition:
     """Split the gradient of a surrogate loss by agent, and each part into J_i and Z_i.
 
@@ -163,9 +165,13 @@ def decompose(
             measure that instead of the decomposition.
         engine: As for `gradient_moments`.
         budget: As for `gradient_moments`.
+        group: Processes that call this with the same: each takes the gradients of some of the
+            clusters, or samples, the moments are added up, and all return the same. Of a generator
+            that reads the observation each takes all.
 
     Returns:
-        Z_i and its moments, g_i, their sum, and the residual against plain autograd.
+        Z_i and its moments (of several processes without the sums by copy), g_i, their sum, and the
+        residual against plain autograd.
 
     Raises:
         UsageError: If the batch's leading axes differ, or the surrogate's gradient cannot be taken
@@ -179,8 +185,10 @@ def decompose(
     layout = ParameterLayout.of(psi, layer_of=getattr(generator, "layer_of", owning_module))
     cluster = None if copy is None else pooled(copy, clusters)
     settings: dict[str, Any] = {"copy": cluster, "coordinates": coordinates, "budget": budget}
+    shared = None
     if not reads_observation(generator):
         settings["engine"] = engine
+        shared = Shared.of(group, samples, cluster)
     first = whole if few == samples and precise is None else _first(whole, few, last)
     # Made once for all that needs them: a hypernetwork costs about as much as what it makes.
     theta = None
@@ -189,7 +197,14 @@ def decompose(
     checking = {"plain": True} if few and theta is not None else {}
     if first is whole:
         settings |= checking
-    sides = [_take_apart(generator, surrogate, whole, theta, layout, settings)]
+    own = whole
+    if shared is not None:
+        own = whole.picked(shared.samples)
+        settings["copy"] = None if cluster is None else cluster[shared.samples]
+    sides = [_take_apart(generator, surrogate, own, theta, layout, settings)]
+    after = None
+    if shared is not None:
+        sides[0].moments, after = shared.added_up(sides[0].moments)
     if few and first is not whole:
         sides.append(_take_apart(last, surrogate, first, theta, layout, checking))
     if sides[0].pulled is None:
@@ -211,12 +226,14 @@ def decompose(
     products = sides[0].products
     if copy is not None and not products:
         moments, pulled = sides[0].moments, sides[0].pulled or {}
-        of_theta = moments.parameter_products()
-        of_psi = psi_products(generator, moments, of_theta, pulled, budget)
+        by_name = moments.parameter_products(after)
+        of_psi = psi_products(generator, moments, by_name, pulled, budget, after)
+        of_theta = Products.stacked(by_name.values())
+        if shared is not None:
+            of_theta, of_psi = shared.joined(of_theta), shared.joined(of_psi)
+            sides[0].moments = replace(moments, copy_sums=None)
         products = {
-            "theta": ClusterProducts.of(
-                Products.stacked(of_theta.values()), moments.layout, moments.copy_count
-            ),
+            "theta": ClusterProducts.of(of_theta, moments.layout, moments.copy_count),
             "psi": ClusterProducts.of(of_psi, layout, moments.copy_count),
         }
     return Decomposition(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradlab.decomposition import Decomposition, decompose
 from gradlab.engine.moments import Moments
 from gradlab.engine.part import in_precision
+from gradlab.engine.processes import Group
 from gradlab.engine.surrogate import Surrogate
 from gradlab.metrics.interference import measure_interference
 from gradlab.metrics.spaces import SideBySide
@@ -56,9 +57,19 @@ class NetworkProbe:
         findings: What is wrong with the last diagnosis's gradients, a sentence each.
     """
 
-    def __init__(self, networks: Mapping[str, Network], level: Level) -> None:
+    def __init__(
+        self, networks: Mapping[str, Network], level: Level, group: Group | None = None
+    ) -> None:
+        """Measure nothing yet.
+
+        Args:
+            networks: The networks by name.
+            level: How much to measure.
+            group: Processes that diagnose the same together, as for `decompose`.
+        """
         self.networks = dict(networks)
         self.level = level
+        self._group = group
         self.engines: dict[str, dict[str, str]] = {}
         self.findings: list[str] = []
         self._copies = {name: PreciseCopy(network.generator) for name, network in networks.items()}
@@ -116,6 +127,7 @@ class NetworkProbe:
                 copy=None if light else copy,
                 check=None if light else CHECKED_SAMPLES,
                 precise=None if light else precise,
+                group=self._group,
             )
             taken[name] = d
             self.engines[name] = d.moments.engines

@@ -55,13 +55,14 @@ class Diagnosis:
             policy: Turns the actor's outputs into action distributions.
             critic_input: What the value functions read of the observations, or world states.
             optimiser: Trains the networks.
-            share: Of which copies this process has rollouts. All processes measure the same, on the
+            share: Of which copies this process has rollouts. All processes measure together, on the
                 samples of all copies.
         """
         level = config.diagnostics
         self.probe = NetworkProbe(
             {n: network for n, network in networks.items() if level == "full" or n == "actor"},
             level,
+            share.group,
         )
         self.findings: list[str] = []
         self._config = config

@@ -149,11 +149,22 @@ class ClusterSums(ABC):
     def total(self) -> Float[Tensor, " agent *shape"]:
         """The sums over all clusters, in float64."""
 
-    def products(self, total: Float[Tensor, " agent *shape"]) -> "Products":
+    def first(self) -> Float[Tensor, "agent 1 *shape"]:
+        """The sums of the first cluster, copied."""
+        clusters = next(self.stretches(1))
+        sums = self.form(clusters, self.like.new_empty(self.agents, 1, *self.shape))
+        return sums.clone(memory_format=torch.contiguous_format)
+
+    def products(
+        self,
+        total: Float[Tensor, " agent *shape"],
+        after: Float[Tensor, "agent 1 *shape"] | None = None,
+    ) -> "Products":
         """Inner products of agents' sums, cluster by cluster.
 
         Args:
-            total: What `total` returned.
+            total: The sums over all clusters, in float64: of these, as `total` returns, or of more.
+            after: Sums of one more cluster, whose products with the last are wanted as well.
 
         Returns:
             The products in float64.
@@ -174,6 +185,11 @@ class ClusterSums(ABC):
             if len(rows) > 1:
                 following.append(_inner_products(rows[:-1], rows[1:]))
             last = rows[-1:].clone()  # the next stretch is formed in the same memory
+        if after is not None:
+            assert last is not None
+            following.append(
+                _inner_products(last, after.to(last).reshape(agents, 1, size).transpose(0, 1))
+            )
         following = following or [within[0][:0]]  # of a single cluster
         return Products(
             *(p[0] if len(p) == 1 else torch.cat(p) for p in (within, across, following))
@@ -183,6 +199,11 @@ class ClusterSums(ABC):
     @abstractmethod
     def like(self) -> Tensor:
         """A tensor of the same dtype and device."""
+
+    @property
+    @abstractmethod
+    def agents(self) -> int:
+        """Number of agents."""
 
 
 class FormedSums(ClusterSums):
@@ -223,6 +244,11 @@ class FormedSums(ClusterSums):
     def like(self) -> Tensor:
         """See `ClusterSums.like`."""
         return self.values
+
+    @property
+    def agents(self) -> int:
+        """See `ClusterSums.agents`."""
+        return len(self.values)
 
     def add(self, gradient: PerSample, clusters: slice) -> None:
         """See `ClusterSums.add`."""
@@ -286,6 +312,11 @@ class FactoredSums(ClusterSums):
     def like(self) -> Tensor:
         """See `ClusterSums.like`."""
         return self._like
+
+    @property
+    def agents(self) -> int:
+        """See `ClusterSums.agents`."""
+        return self._agents
 
     def add(self, gradient: PerSample, clusters: slice) -> None:
         """See `ClusterSums.add`."""

@@ -1,5 +1,6 @@
 """Sums of per-sample gradients: what every statistic of them is made of, mergeable in any order."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,8 +78,12 @@ class Moments:
         """
         return Products.stacked(self.parameter_products().values()).by_layer(self.layout)
 
-    def parameter_products(self) -> dict[str, Products]:
+    def parameter_products(self, after: Mapping[str, Tensor] | None = None) -> dict[str, Products]:
         """The same by parameter.
+
+        Args:
+            after: Sums over a copy that follows the last one, [agent, 1, ...] by parameter: its
+                products with the last one are in `following` as well.
 
         Returns:
             Products without an axis of layers.
@@ -87,7 +92,10 @@ class Moments:
             UsageError: As for `copy_products`.
         """
         totals = self.layout.unflatten(self.sum)
-        return {name: sums.products(totals[name]) for name, sums in self.by_copy().items()}
+        return {
+            name: sums.products(totals[name], None if after is None else after[name])
+            for name, sums in self.by_copy().items()
+        }
 
     def by_copy(self) -> dict[str, ClusterSums]:
         """Sums by environment copy.
@@ -171,7 +179,7 @@ class Moments:
             engines = {n: theirs[n] if e == "unused" else e for n, e in engines.items()}
             first = _first_found(first, torch.tensor(found, device=device))
         sums: dict[str, Any] = {
-            name: total(getattr(self, name)) for name in _SUMS if getattr(self, name) is not None
+            name: total(getattr(self, name)) for name in SUMS if getattr(self, name) is not None
         }
         sums["first_non_finite"] = first
         if self.copies is None:
@@ -200,7 +208,7 @@ class Moments:
             )
         return {
             name: getattr(self, name) + getattr(other, name)
-            for name in _SUMS
+            for name in SUMS
             if getattr(self, name) is not None
         }
 
@@ -225,4 +233,5 @@ def _first_found(ours: Tensor, theirs: Tensor) -> Tensor:
     return torch.where(ours >= 0, ours, theirs)
 
 
-_SUMS = ("count", "sum", "squared_norm", "non_finite", "square", "plain")
+SUMS = ("count", "sum", "squared_norm", "non_finite", "square", "plain")
+"""What is added up over samples, but for the sums by copy."""

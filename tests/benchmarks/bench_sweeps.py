@@ -38,6 +38,7 @@ def main():
     rows = {
         "cores": cores(),
         "runs": RUNS,
+        "rounds": ROUNDS,
         "seconds, one after the other": statistics.median(found["one"] for found in rounds),
         "throughput": statistics.median(found["one"] / found["all"] for found in rounds),
         "throughput, lowest": min(found["one"] / found["all"] for found in rounds),

@@ -473,11 +473,14 @@ def soak():
         cell = f"{size[f'arrays, {half} half']:,.0f} bytes"
         rows.append((f"numbers of an update, {half} half of the updates", cell, "the same"))
     rows.append(("records.sqlite for each update", f"{size['file']:,.0f} bytes", ""))
-    for name, seconds in found["seconds"].items():
-        limit = f"{limits['seconds to open']} s" if name == "open_run" else ""
-        words = {"open_run": "`open_run`", "gradlab conflict": "`gradlab conflict`, whole process"}
-        what = words.get(name, "dashboard opened in a browser")
-        rows.append((f"then: {what}", f"{seconds:.2f} s", limit))
+    opened = {"open_run": "`open_run`", "dashboard's first answer": "the dashboard's first answer"}
+    further = {
+        "gradlab conflict": "`gradlab conflict`, whole process",
+        "dashboard drawn in a browser": "the dashboard drawn in a browser that is started",
+    }
+    for name, what in (opened | further).items():
+        limit = f"{limits['seconds to open']} s" if name in opened else ""
+        rows.append((f"then: {what}", f"{found['seconds'][name]:.2f} s", limit))
     return (
         f"## A long run\n\n{found['updates']:,} updates of a small game in {found['minutes']:.0f} "
         "minutes, each diagnosed in full, its served dashboard followed from beginning to end by what "
@@ -553,7 +556,31 @@ def sweeps():
         "## Sweeps\n\n`gradlab sweep` of HyperMARL on the Specialisation game with full diagnostics, "
         "one thread a run: as many runs at once as there are cores, against one after the other, "
         "each in a process of its own, by turns; ratio of the times of whole sweeps, median of "
-        "3 rounds.\n\n" + table(columns, rows) + provenance(record)
+        f"{found['rounds']} rounds.\n\n" + table(columns, rows) + provenance(record)
+    )
+
+
+def nights():
+    record = load("nights")
+    found = record["rows"]
+    rows = [
+        (
+            f"`{of['study']}`",
+            of["runs"],
+            f"{of['frames'] / 1e6:,.1f}",
+            f"{of['hours']:.1f} ({of['hours of']['updates']:.1f} of them updates)",
+            found["limits"]["hours"],
+        )
+        for of in found["studies"]
+    ]
+    columns = ("study", "runs", "million frames", "hours", "a night")
+    return (
+        "## Studies overnight\n\nWhat `gradlab study NAME --budget standard` is to take, of studies that the "
+        "repository has no such report of: each design cell was trained for a few updates, one seed, "
+        f"{found['cores']} runs at once; the seconds of an update, diagnosed or not, times their number and that "
+        "of the seeds, and what processes take beside updates.\n\n"
+        + table(columns, rows)
+        + provenance(record)
     )
 
 
@@ -570,6 +597,7 @@ def main():
             + benchmarl()
             + throughput()
             + sweeps()
+            + nights()
             + growth()
             + learning()
             + environments()
