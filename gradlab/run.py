@@ -3,103 +3,34 @@
 import json
 import math
 import os
-import re
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from filelock import FileLock, Timeout
 from jaxtyping import Int
 
-from gradlab.axes import misfit
 from gradlab.checks import UsageError, unknown_name
+from gradlab.records import LAST_UPDATE, Described, Records, check_schema, status_of
 from gradlab.run_writer import (
     LARGEST_INFO,
     LOCK_FILE,
-    OURS,
-    RECORDS_FILE,
     RUN_FILE,
-    SCHEMA,
     check_no_links,
     is_run,
     read_at_most,
-    written_as,
 )
 
 _EMBEDDING = "embedding_"
-_LAST = 2**63 - 1  # the largest number that the store holds
-_LARGEST_RECORD = 10**9  # bytes; SQLite holds no more
-_MOST_AXES = 16
-_MEANWHILE = 10**6  # bytes that are written between a look at the files and one at the records
-_DTYPE = re.compile(r"[<|][biuf][0-9]{1,2}")
 
 
 def _notebook() -> Any:  # noqa: ANN401 -- a module
     """What draws, imported when something is to be drawn: the core never needs plotly."""
     return import_module("dashboards.notebook")
-
-
-class _Quantity(NamedTuple):
-    dims: tuple[str, ...]
-    coordinates: dict[str, list[Any]]
-    dtype: np.dtype[Any]
-    unit: str
-    estimator: str
-
-    @property
-    def shape(self) -> list[int]:
-        return [len(self.coordinates[dim]) for dim in self.dims]
-
-    @property
-    def size(self) -> int:
-        """A whole record's bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @classmethod
-    def read(cls, row: tuple[Any, ...]) -> "_Quantity":
-        """Take a row of the table `quantity` for what it is, whoever wrote it.
-
-        Args:
-            row: Its columns.
-
-        Returns:
-            The quantity.
-
-        Raises:
-            ValueError: If it is none that a `RunWriter` writes.
-        """
-        name, dims, coordinates, dtype, unit, estimator = row
-        if not all(isinstance(text, str) for text in row):
-            raise ValueError("a quantity whose description is no text")
-        axes, labels = json.loads(dims), json.loads(coordinates)
-        if not (
-            isinstance(axes, list)
-            and isinstance(labels, dict)
-            and all(isinstance(axis, str) and axis in labels for axis in axes)
-            and len({"update", *axes}) == len(axes) + 1 <= _MOST_AXES
-            and all(_are_labels(labels[axis]) for axis in axes)
-        ):
-            raise ValueError(f"{name!r} has no axes with labels")
-        if not _DTYPE.fullmatch(dtype):
-            raise ValueError(f"{name!r} is of no numbers but of type {dtype!r}")
-        found = cls(tuple(axes), labels, np.dtype(dtype), unit, estimator)
-        if found.size > _LARGEST_RECORD:
-            raise ValueError(f"{name!r} has {found.size:,} bytes a record, which no file holds")
-        return found
-
-
-def _are_labels(labels: object) -> bool:
-    """Tell whether an axis can be labelled so: all names or all numbers, each once."""
-    if not isinstance(labels, list):
-        return False
-    names = all(isinstance(label, str) for label in labels)
-    numbers = all(isinstance(label, int | float) and abs(label) < _LAST for label in labels)
-    return (names or numbers) and len(set(labels)) == len(labels)
 
 
 def open_run(path: str | Path) -> "Run":
@@ -167,18 +98,6 @@ def _cell(place: list[int], shape: list[int]) -> int:
     return position
 
 
-def _check_count(count: int, most: int) -> None:
-    if count > most:
-        raise sqlite3.DatabaseError("its records are larger than the file")
-
-
-def _status(file: Path) -> os.stat_result | None:
-    try:
-        return file.stat()
-    except OSError:
-        return None
-
-
 class Run:
     """A recorded training run.
 
@@ -204,12 +123,8 @@ class Run:
         self.name = path.resolve().name
         self.problems: list[str] = []
         self.info = self._read_info()
-        self._database = self._connect()
-        self._quantities = self._read_quantities()
+        self._records = Records(path, self.problems, self.info.get("updates"))
         self._updates: dict[str, list[int]] = {}
-        self._salvaged: dict[str, dict[int, bytes]] | None = None
-        if self._database is not None and self._is_truncated():
-            self._salvage("the file is cut off")
 
     def __repr__(self) -> str:
         return (
@@ -284,7 +199,7 @@ class Run:
     @property
     def quantities(self) -> tuple[str, ...]:
         """Names of the recorded quantities."""
-        return tuple(self._quantities)
+        return tuple(self._records.quantities)
 
     def axes(self, name: str) -> dict[str, list[Any]]:
         """List a quantity's axes after `update` without reading a record of it.
@@ -317,9 +232,9 @@ class Run:
         """
         self._known(name)
         if since > 0 or at is not None:
-            return [update for update, _ in self._rows(name, 0, 0, since, at=at)]
+            return [update for update, _ in self._records.rows(name, 0, 0, since, at=at)]
         if name not in self._updates:
-            self._updates[name] = [update for update, _ in self._rows(name, 0, 0)]
+            self._updates[name] = [update for update, _ in self._records.rows(name, 0, 0)]
         return list(self._updates[name])
 
     def marks(self, name: str, *, since: int = 0) -> Int[np.ndarray, " record"]:
@@ -335,24 +250,8 @@ class Run:
         Raises:
             UsageError: If no such quantity is recorded.
         """
-        size = self._known(name).size
-        if self._salvaged is None and self._database is not None:
-            # One text: a tenth of the time that as many rows take.
-            query = (
-                'SELECT group_concat("update"), count(*) FROM (SELECT "update" FROM record WHERE '
-                'quantity = :name AND "update" BETWEEN :since AND :until AND '
-                'typeof("update") = \'integer\' ORDER BY "update" LIMIT :most)'
-            )
-            most = self._most(size)
-            wanted = {"name": name, "since": since, "until": _LAST, "most": most + 1}
-            try:
-                text, count = self._database.execute(query, wanted).fetchone()
-                _check_count(count, most)
-                return np.array(text.split(",") if count else [], np.int64)
-            except sqlite3.DatabaseError as error:
-                self._salvage(str(error))
-        whole = sorted((self._salvaged or {}).get(name, {}))
-        return np.array([update for update in whole if update >= since], np.int64)
+        self._known(name)
+        return self._records.marks(name, since=since)
 
     def newest(self, name: str) -> int | None:
         """Look up the last update at which a quantity was recorded, however long the run.
@@ -367,14 +266,16 @@ class Run:
             UsageError: If no such quantity is recorded.
         """
         self._known(name)
-        return max((update for update, _ in self._rows(name, 0, 0, newest=True)), default=None)
+        return max(
+            (update for update, _ in self._records.rows(name, 0, 0, newest=True)), default=None
+        )
 
     def quantity(
         self,
         name: str,
         *,
         since: int = 0,
-        until: int = _LAST,
+        until: int = LAST_UPDATE,
         at: Sequence[int] | None = None,
         where: Mapping[str, object] | None = None,
     ) -> xr.DataArray:
@@ -408,7 +309,7 @@ class Run:
             begin = [fixed.get(dim, 0) for dim in known.dims]
             first, end = (_cell(place, known.shape) for place in (begin, last))
             count = end - first + 1
-        rows = self._rows(name, first * item, count * item, since, until, at=at)
+        rows = self._records.rows(name, first * item, count * item, since, until, at=at)
         values = np.frombuffer(b"".join(data for _, data in rows), dtype=known.dtype)
         values = values.reshape(len(rows), count)
         if rows and count != math.prod(shape):
@@ -435,23 +336,15 @@ class Run:
             the files were replaced, or the writer came or went.
         """
         stands: list[object] = [self.info.get("state") == "running" and self._is_locked()]
-        described, records = _status(self.path / RUN_FILE), _status(self.path / RECORDS_FILE)
+        described = status_of(self.path / RUN_FILE)
         if described is not None:
             stands += [described.st_ino, described.st_mtime_ns, described.st_size]
-        # The records' time and size change when nothing is recorded, and don't when something is:
-        # the log holds that.
-        stands.append(None if records is None else records.st_ino)
-        if self._database is not None:
-            try:
-                stands += self._database.execute("PRAGMA data_version").fetchone()
-            except sqlite3.DatabaseError as error:
-                stands.append(str(error))
-        return tuple(stands)
+        return (*stands, *self._records.version())
 
-    def _known(self, name: str) -> _Quantity:
-        if name not in self._quantities:
-            raise unknown_name(f"quantity in {self.path}", name, self._quantities)
-        return self._quantities[name]
+    def _known(self, name: str) -> Described:
+        if name not in self._records.quantities:
+            raise unknown_name(f"quantity in {self.path}", name, self._records.quantities)
+        return self._records.quantities[name]
 
     def _place(self, name: str, dim: str, label: object) -> int:
         axes = self.axes(name)
@@ -464,7 +357,7 @@ class Run:
     @cached_property
     def metrics(self) -> xr.Dataset:
         """All quantities but the embeddings, on one `update` axis (NaN where not recorded)."""
-        names = [name for name in self._quantities if not self._is_embedding(name)]
+        names = [name for name in self._records.quantities if not self._is_embedding(name)]
         return xr.merge(
             [self.quantity(name) for name in names], join="outer", compat="no_conflicts"
         )
@@ -474,13 +367,13 @@ class Run:
         """Agents' embeddings [update, agent, feature] by network ("actor", "critic")."""
         return {
             name.removeprefix(_EMBEDDING): self.quantity(name)
-            for name in self._quantities
+            for name in self._records.quantities
             if self._is_embedding(name)
         }
 
     def _is_embedding(self, name: str) -> bool:
         """Tell rows of features from what was measured of them, as `embedding_distance`."""
-        return name.startswith(_EMBEDDING) and "feature" in self._quantities[name].dims
+        return name.startswith(_EMBEDDING) and "feature" in self._records.quantities[name].dims
 
     def _read_info(self) -> dict[str, Any]:
         try:
@@ -498,170 +391,8 @@ class Run:
         except (ValueError, RecursionError):
             self.problems.append(f"{RUN_FILE} is damaged: method and settings are unknown")
             return {}
-        self._check_schema(info.get("schema"), RUN_FILE)
+        check_schema(self.path / RUN_FILE, info.get("schema"))
         return info
-
-    def _check_schema(self, schema: object, file: str) -> None:
-        if not isinstance(schema, int) or schema > SCHEMA or schema < 1:
-            raise UsageError(
-                f"{self.path / file} has schema version {schema!r}; this gradlab reads versions "
-                f"1 to {SCHEMA}. Open it with the gradlab that wrote it, or upgrade."
-            )
-
-    def _connect(self) -> sqlite3.Connection | None:
-        file = self.path / RECORDS_FILE
-        if not file.is_file():
-            self.problems.append(f"{RECORDS_FILE} is missing: there are no records")
-            return None
-        # On read-only media a log can't be opened for reading; then nobody writes there either.
-        for mode in ("mode=ro", "immutable=1"):
-            try:
-                database = sqlite3.connect(
-                    f"{file.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False
-                )
-                # Without this SQLite refuses a cut-off file whole; the connection can't write.
-                database.execute("PRAGMA writable_schema=ON")
-                (version,) = database.execute("PRAGMA user_version").fetchone()
-                database.execute("PRAGMA trusted_schema=OFF")
-                database.execute("PRAGMA cell_size_check=ON")
-                written = written_as(database)
-            except sqlite3.OperationalError:
-                continue
-            except sqlite3.DatabaseError as error:
-                self.problems.append(
-                    f"{RECORDS_FILE} can't be read ({error}): there are no records"
-                )
-                return None
-            if version:  # 0 while a new file's first transaction is under way
-                self._check_schema(version, RECORDS_FILE)
-            if written and written != OURS:
-                self.problems.append(
-                    f"{RECORDS_FILE} has other tables than gradlab writes: there are no records"
-                )
-                return None
-            return database
-        self.problems.append(f"{RECORDS_FILE} can't be opened: there are no records")
-        return None
-
-    def _read_quantities(self) -> dict[str, _Quantity]:
-        found: dict[str, _Quantity] = {}
-        if self._database is None:
-            return found
-        columns = "name, dims, coordinates, dtype, unit, estimator"
-        length = "+".join(f"length(CAST({column} AS BLOB))" for column in columns.split(", "))
-        try:
-            described = 0
-            for (text,) in self._database.execute(f"SELECT {length} FROM quantity"):
-                described += text or 0
-                if described > LARGEST_INFO:
-                    raise ValueError("its quantities' descriptions are too large")
-            for row in self._database.execute(f"SELECT {columns} FROM quantity ORDER BY rowid"):
-                quantity = _Quantity.read(row)
-                wrong = misfit(row[0], {dim: quantity.coordinates[dim] for dim in quantity.dims})
-                if wrong is None:
-                    found[row[0]] = quantity
-                else:
-                    self.problems.append(f"{row[0]} has {wrong}: it is passed over")
-        except (
-            *(sqlite3.DatabaseError, ValueError, TypeError, RecursionError, MemoryError),
-        ) as error:
-            self.problems.append(
-                f"{RECORDS_FILE} is damaged ({error}): only what {len(found)} quantities recorded "
-                "can be read"
-            )
-        return found
-
-    def _is_truncated(self) -> bool:
-        """A database file shorter than its header says, with no log that holds the rest."""
-        file = self.path / RECORDS_FILE
-        log = file.with_name(file.name + "-wal")
-        if log.exists() and log.stat().st_size:
-            return False
-        with file.open("rb") as handle:
-            header = handle.read(100)
-        page_size = int.from_bytes(header[16:18], "big")
-        page_size = 65536 if page_size == 1 else page_size
-        return file.stat().st_size < page_size * int.from_bytes(header[28:32], "big")
-
-    def _rows(
-        self,
-        name: str,
-        start: int,
-        count: int,
-        since: int = 0,
-        until: int = _LAST,
-        *,
-        at: Sequence[int] | None = None,
-        newest: bool = False,
-    ) -> list[tuple[int, bytes]]:
-        """Of each update, or the newest, whose record is whole: its number, `count` bytes of it."""
-        size = self._quantities[name].size
-        if self._salvaged is None and self._database is not None:
-            # `substr` reads a record up to what it takes; type and length are told without.
-            part = "substr(array, :start + 1, :count)" if count else "x''"
-            among = "" if at is None else 'AND "update" IN (SELECT value FROM json_each(:at)) '
-            query = (
-                f'SELECT "update", {part} FROM record WHERE quantity = :name '
-                'AND "update" BETWEEN :since AND :until AND typeof("update") = \'integer\' '
-                f"AND typeof(array) = 'blob' AND length(array) = :size {among}"
-                f'ORDER BY "update" {"DESC" if newest else ""} LIMIT :most'
-            )
-            most = self._most(size)
-            wanted = {"name": name, "start": start, "count": count, "since": since, "until": until}
-            wanted |= {"size": size, "most": 1 if newest else most + 1}
-            wanted |= {} if at is None else {"at": json.dumps(list(at))}
-            try:
-                rows = self._database.execute(query, wanted).fetchall()
-                _check_count(len(rows), most)
-                return rows
-            except sqlite3.DatabaseError as error:
-                self._salvage(str(error))
-        whole = (self._salvaged or {}).get(name, {})
-        chosen = None if at is None else set(at)
-        return [
-            (update, data[start : start + count])
-            for update, data in sorted(whole.items())
-            if since <= update <= until
-            and len(data) == size
-            and (chosen is None or update in chosen)
-        ]
-
-    def _stored(self) -> int:
-        """Bytes of the files that hold the records, and of what may be written meanwhile."""
-        files = (_status(self.path / f"{RECORDS_FILE}{end}") for end in ("", "-wal"))
-        return _MEANWHILE + sum(status.st_size for status in files if status is not None)
-
-    def _most(self, size: int) -> int:
-        """Tell how many records of a size there can be; pages could be used again and again."""
-        return self._stored() // (size + 1) + 1
-
-    def _salvage(self, cause: str) -> None:
-        """Read the records in the order they were written, up to the first that is damaged."""
-        whole: dict[str, dict[int, bytes]] = {}
-        last = -1
-        query = 'SELECT quantity, "update", array FROM record NOT INDEXED ORDER BY rowid'
-        try:
-            assert self._database is not None
-            left = self._stored()
-            for name, update, data in self._database.execute(query):
-                if not (isinstance(update, int) and isinstance(data, bytes)):
-                    raise sqlite3.DatabaseError("a record without content")
-                left -= len(data)
-                _check_count(0, left)
-                whole.setdefault(name, {})[update] = data
-                last = max(last, update)
-        except sqlite3.DatabaseError:
-            # The update that was being read when the damage was met may lack quantities.
-            for records in whole.values():
-                records.pop(last, None)
-            last -= 1
-        self._salvaged = whole
-        until = f"records are whole up to update {last}" if last >= 0 else "no record is whole"
-        planned = self.info.get("updates")
-        self.problems.append(
-            f"{RECORDS_FILE} is damaged ({cause}): {until}"
-            + (f" of {planned} planned; later ones are missing" if planned else "")
-        )
 
     def _is_locked(self) -> bool:
         if not (self.path / LOCK_FILE).exists():

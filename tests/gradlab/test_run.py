@@ -204,8 +204,8 @@ def test_records_that_are_more_than_their_file_holds_are_not_gone_on_reading(tmp
     run = open_run(tmp_path / "r")
     assert run.quantity("a").sizes["update"] == 9
     status = os.stat_result((0,) * 6 + (20_000, 0, 0, 0))
-    monkeypatch.setattr("gradlab.run._status", lambda file: status if file.suffix else None)
-    monkeypatch.setattr("gradlab.run._MEANWHILE", 0)
+    monkeypatch.setattr("gradlab.records.status_of", lambda file: status if file.suffix else None)
+    monkeypatch.setattr("gradlab.records._MEANWHILE", 0)
     for read in (lambda run: run.quantity("a")["update"], lambda run: run.marks("a")):
         run = open_run(tmp_path / "r")
         assert len(read(run)) < 9
