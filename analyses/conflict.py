@@ -8,8 +8,8 @@ import pandas as pd
 import xarray as xr
 
 from gradlab.checks import UsageError, check, unknown_name
-from gradlab.estimates import ALIGNED, CONFLICT, UNDECIDED
 from gradlab.run import Run
+from gradlab.verdicts import ALIGNED, CONFLICT, UNDECIDED
 
 
 def conflict_table(

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import xarray as xr
 
-from gradlab.estimates import ALIGNED, CONFLICT
 from gradlab.run import Run
+from gradlab.verdicts import ALIGNED, CONFLICT
 
 Read = Callable[[str], xr.DataArray | None]
 

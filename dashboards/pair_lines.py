@@ -13,7 +13,7 @@ from dashboards.pair_matrices import (
 from dashboards.panel import Figure, Panel, Part
 from dashboards.style import QUIET, decimals, horizontal, message, nothing
 from dashboards.tables import Runs, RunTables
-from gradlab.estimates import ALIGNED, CONFLICT, UNDECIDED
+from gradlab.verdicts import ALIGNED, CONFLICT, UNDECIDED
 
 _G, _Z, _COUPLED = OKABE_ITO[0], OKABE_ITO[1], OKABE_ITO[2]
 _FOREST = 14  # pairs whose intervals have room

@@ -11,7 +11,7 @@ from dashboards.panel import Figure, Panel, Part
 from dashboards.similar_agents import agent_order
 from dashboards.style import nothing
 from dashboards.tables import Runs, RunTables
-from gradlab.estimates import UNDECIDED
+from gradlab.verdicts import UNDECIDED
 
 NO_LAYER = (
     "undefined: this space of this network has no such layer, all of its gradients are zero, "

@@ -28,14 +28,13 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from gradlab.cluster_products import Array, ClusterProducts
+from gradlab.verdicts import UNDECIDED
 
 LEVEL = 0.95
 """Coverage of the intervals; one minus it is the false discovery rate of the verdicts."""
 
 FEWEST = 8
 """Clusters without which there is no interval."""
-
-CONFLICT, UNDECIDED, ALIGNED = -1.0, 0.0, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,5 @@
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 
 from analyses.listing import list_runs
 from gradlab.cli import run as main
+from gradlab.quantity import Quantity
 from gradlab.run import open_run
+from gradlab.run_writer import RunWriter
 
 WRONG = {
     "method": (["train", "--method", "hypermal"], "Did you mean 'hypermarl'?"),
@@ -231,6 +234,34 @@ def test_help_loads_no_torch():
         "assert not {'torch', 'vmas', 'plotly', 'pandas'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "words", [["runs"], ["conflict"], ["dashboard", "--html", "page.html"]], ids=lambda w: w[0]
+)
+def test_what_reads_runs_loads_no_torch(tmp_path, words):
+    with RunWriter(tmp_path / "r") as writer:
+        writer.describe(method="fups", environment="e", agents=2, seed=0, state="done", config={})
+        axes = {"network": ["actor"], "space": ["psi", "theta"], "layer": ["all"]}
+        axes |= {"agent": [0, 1], "agent_other": [0, 1]}
+        ones = Quantity(values=np.ones((1, 2, 1, 2, 2)), dims=tuple(axes), coords=axes, unit="1")
+        rows = Quantity(
+            values=np.eye(2, dtype="f4"),
+            dims=("agent", "feature"),
+            coords={"agent": [0, 1], "feature": [0, 1]},
+            unit="1",
+        )
+        writer.write(0, {"cosine": ones, "verdict": ones, "embedding_actor": rows})
+    code = (
+        "import sys; from gradlab.cli import run\n"
+        "assert run(sys.argv[1:]) == 0\n"
+        "import dashboards.live.serve\n"
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, words[0], "r", *words[1:]]
+    settings = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_library_loads_none_of_the_other_packages():

@@ -11,7 +11,8 @@ from analyses.studies.chart import Line, Panel, chart
 from analyses.studies.study import Findings, Simulation
 from analyses.studies.verdict import Verdict, told
 from gradlab.cluster_products import CLUSTERS, ClusterProducts
-from gradlab.estimates import ALIGNED, CONFLICT, Estimates
+from gradlab.estimates import Estimates
+from gradlab.verdicts import ALIGNED, CONFLICT
 
 AGENTS, PARAMS = 4, 300
 COPIES = (8, 16, 32, 64, 128, 256, 512)

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from gradlab.checks import UsageError
 from gradlab.decomposition import Decomposition
 from gradlab.engine.per_sample import PerSample, Rows
-from gradlab.estimates import ALIGNED, CONFLICT, FEWEST
+from gradlab.estimates import FEWEST
 from gradlab.metrics.spaces import SPACES, SideBySide, alone, ratio, with_whole
 from gradlab.metrics.summary import interference_attributes
 from gradlab.parameters import ParameterLayout
 from gradlab.quantity import Quantity, dataset
+from gradlab.verdicts import ALIGNED, CONFLICT
 
 
 def interference(

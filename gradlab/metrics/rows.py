@@ -1,13 +1,32 @@
 """Arrays of numbers that users hand in, checked and in float64."""
 
+from typing import Any, Protocol, runtime_checkable
+
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
-from torch import Tensor
 
 from gradlab.checks import UsageError, check
 
-Array = Float[Tensor, "..."] | Float[np.ndarray, "..."] | xr.DataArray
+
+@runtime_checkable
+class TensorLike(Protocol):
+    """What can be taken over as a tensor of torch is, which need not be imported for it."""
+
+    def detach(self) -> "TensorLike":
+        """Leave the gradient behind."""
+
+    def double(self) -> "TensorLike":
+        """Convert to float64."""
+
+    def cpu(self) -> "TensorLike":
+        """Copy to the main memory."""
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """Share the memory."""
+
+
+Array = TensorLike | Float[np.ndarray, "..."] | xr.DataArray
 
 
 def float64(
@@ -35,7 +54,7 @@ def float64(
     """  # noqa: E501
     values = (
         array.detach().double().cpu().numpy()
-        if isinstance(array, Tensor)
+        if isinstance(array, TensorLike)
         else np.asarray(array, dtype=np.float64)
     )
     check(

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradlab.decomposition import Decomposition
-from gradlab.estimates import ALIGNED, CONFLICT, FEWEST, LEVEL, UNDECIDED
+from gradlab.estimates import FEWEST, LEVEL
 from gradlab.quantity import Quantity
+from gradlab.verdicts import ALIGNED, CONFLICT, UNDECIDED
 
 Attributes = dict[str, str | int | float]
 

@@ -16,8 +16,8 @@ from dashboards.tables import Limits
 from dashboards.view import View
 from gradlab.axes import AXES
 from gradlab.checks import UsageError
-from gradlab.estimates import UNDECIDED
 from gradlab.run import open_run
+from gradlab.verdicts import UNDECIDED
 from trainers.config import TrainConfig
 from trainers.train import train_run
 

@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 from synthetic import draw, fast_products, mean_gradients, products_of
 
-from gradlab.estimates import ALIGNED, CONFLICT, UNDECIDED, Estimates
+from gradlab.estimates import Estimates
+from gradlab.verdicts import ALIGNED, CONFLICT, UNDECIDED
 
 
 def estimates_of(products):

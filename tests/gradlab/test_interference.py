@@ -9,8 +9,8 @@ from test_estimates import slow_inner_product, slow_variance
 
 from gradlab.checks import UsageError
 from gradlab.decomposition import decompose
-from gradlab.estimates import ALIGNED, CONFLICT, UNDECIDED
 from gradlab.metrics.interference import interference
+from gradlab.verdicts import ALIGNED, CONFLICT, UNDECIDED
 
 SAMPLES, CLUSTERS = 24, 9
 COPY = torch.cat([torch.arange(CLUSTERS), torch.arange(CLUSTERS), torch.tensor([3, 3, 0, 8, 5, 1])])
