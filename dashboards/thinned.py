@@ -65,7 +65,7 @@ def read_thinned(
     if not axes and stride > 1:
         told = run.quantity(quantity, since=since)
         if before is not None:
-            told = xr.concat([before.array, told], "update")
+            told = _joined(before.array, told)
         number = np.isfinite(told.reindex(update=updates).to_numpy())
     kept = _kept(places, number, stride)
     small = len(kept) * math.prod(map(len, axes.values())) * 8 <= held
@@ -106,4 +106,23 @@ def _array(
     missing = updates[~np.isin(updates, old)].tolist()
     if stay.all() and not missing:
         return before.array
-    return xr.concat([before.array[stay], run.quantity(quantity, at=missing)], "update")
+    return _joined(before.array[stay], run.quantity(quantity, at=missing))
+
+
+def _joined(earlier: xr.DataArray, later: xr.DataArray) -> xr.DataArray:
+    """Put records after others, with the later ones' labels.
+
+    Not by `xarray.concat`: a `pandas.Index` keeps a weak reference to each that was ever made of
+    it, so that labels handed on with every update take more and more memory.
+    """
+    pair = (earlier, later)
+    return xr.DataArray(
+        np.concatenate([array.to_numpy() for array in pair]),
+        dims=later.dims,
+        coords={
+            **{dim: later[dim] for dim in later.dims[1:]},
+            "update": np.concatenate([array["update"].to_numpy() for array in pair]),
+        },
+        name=later.name,
+        attrs=later.attrs,
+    )

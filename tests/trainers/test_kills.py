@@ -80,12 +80,14 @@ def killed_again_and_again(processes, tmp_path, case, *, files, kills, seed, lon
 
 
 @pytest.mark.parametrize(
-    ("case", "files"),
-    [("game", WRITING), pytest.param("navigation", ANYWHERE, marks=pytest.mark.slow)],
+    ("case", "files", "longer"),
+    # longer, as what a life begins with makes so many calls anywhere
+    [("game", WRITING, 1), pytest.param("navigation", ANYWHERE, 6, marks=pytest.mark.slow)],
     ids=["game-writing", "navigation-anywhere"],
 )
-def test_run_killed_several_times_ends_to_the_same_bits(processes, tmp_path, case, files):
-    updates = killed_again_and_again(processes, tmp_path, case, files=files, kills=10, seed=3)
+def test_run_killed_several_times_ends_to_the_same_bits(processes, tmp_path, case, files, longer):
+    settings = {"files": files, "kills": 10, "seed": 3, "longer": longer}
+    updates = killed_again_and_again(processes, tmp_path, case, **settings)
     assert len(set(updates)) > 1, updates  # it was not always killed at the beginning
 
 
