@@ -66,7 +66,7 @@ def read_thinned(
         told = run.quantity(quantity, since=since)
         if before is not None:
             told = _joined(before.array, told)
-        number = np.isfinite(told.reindex(update=updates).to_numpy())
+        number = np.isin(updates, told["update"].to_numpy()[np.isfinite(told.to_numpy())])
     kept = _kept(places, number, stride)
     small = len(kept) * math.prod(map(len, axes.values())) * 8 <= held
     if small:
