@@ -23,7 +23,7 @@ check: $(VENV)/.installed  ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed  ## measure the costs anew (an hour) and write docs/performance.md
+bench: $(VENV)/.installed  ## measure the costs anew (hours) and write docs/performance.md
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
 	$(BIN)/python tests/benchmarks/report.py
 

@@ -487,8 +487,7 @@ def soak():
         "asks as an open page does: it was told of something new "
         f"{found['followed']['pages']:,} times, waited {found['followed']['slowest answer, s']:.2f} s "
         "at most, and had the last update when the training had stopped. Other work shared the "
-        "machine. A slope over few updates does not tell what is filled once from what grows without "
-        "end.\n\n" + table(("what", "measured", "aim"), rows) + provenance(record)
+        "machine.\n\n" + table(("what", "measured", "aim"), rows) + provenance(record)
     )
 
 
