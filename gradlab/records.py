@@ -94,8 +94,8 @@ def _are_labels(labels: object) -> bool:
     return (names or numbers) and len(set(labels)) == len(labels)
 
 
-def _check_count(count: int, most: int) -> None:
-    if count > most:
+def _check_fits(found: int, most: int) -> None:
+    if found > most:
         raise sqlite3.DatabaseError("its records are larger than the file")
 
 
@@ -176,18 +176,7 @@ class Records:
         return stands
 
     def marks(self, name: str, *, since: int = 0) -> Int[np.ndarray, " record"]:
-        """List the updates of a quantity's records as the index has them, however long the run.
-
-        Args:
-            name: One of `quantities`.
-            since: The first update to list.
-
-        Returns:
-            Updates, ascending; those of records that are not whole, which nothing else shows, too.
-
-        Raises:
-            KeyError: If no such quantity is recorded.
-        """
+        """See `Run.marks`; of a quantity that is recorded."""
         size = self.quantities[name].size
         if self._salvaged is None and self._database is not None:
             # One text: a tenth of the time that as many rows take.
@@ -200,7 +189,7 @@ class Records:
             wanted = {"name": name, "since": since, "until": LAST_UPDATE, "most": most + 1}
             try:
                 text, count = self._database.execute(query, wanted).fetchone()
-                _check_count(count, most)
+                _check_fits(count, most)
                 return np.array(text.split(",") if count else [], np.int64)
             except sqlite3.DatabaseError as error:
                 self._salvage(str(error))
@@ -252,7 +241,7 @@ class Records:
             wanted |= {} if at is None else {"at": json.dumps(list(at))}
             try:
                 rows = self._database.execute(query, wanted).fetchall()
-                _check_count(len(rows), most)
+                _check_fits(len(rows), most)
                 return rows
             except sqlite3.DatabaseError as error:
                 self._salvage(str(error))
@@ -357,12 +346,12 @@ class Records:
         query = 'SELECT quantity, "update", array FROM record NOT INDEXED ORDER BY rowid'
         try:
             assert self._database is not None
-            left = self._stored()
+            read, stored = 0, self._stored()
             for name, update, data in self._database.execute(query):
                 if not (isinstance(update, int) and isinstance(data, bytes)):
                     raise sqlite3.DatabaseError("a record without content")
-                left -= len(data)
-                _check_count(0, left)
+                read += len(data)
+                _check_fits(read, stored)
                 whole.setdefault(name, {})[update] = data
                 last = max(last, update)
         except sqlite3.DatabaseError:
@@ -372,8 +361,7 @@ class Records:
             last -= 1
         self._salvaged = whole
         until = f"records are whole up to update {last}" if last >= 0 else "no record is whole"
-        planned = self._planned
         self._problems.append(
             f"{RECORDS_FILE} is damaged ({cause}): {until}"
-            + (f" of {planned} planned; later ones are missing" if planned else "")
+            + (f" of {self._planned} planned; later ones are missing" if self._planned else "")
         )
