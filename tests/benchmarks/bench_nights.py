@@ -108,7 +108,8 @@ def main():
     for name in parser.parse_args().studies:
         rows.append(night(name))
         print(rows[-1], flush=True)
-    write("nights", {"limits": {"hours": NIGHT}, "cores": cores(), "studies": rows})
+    found = {"limits": {"hours": NIGHT}, "cores": cores(), "studies": rows}
+    write("nights", found, packages=("torch", "numpy", "vmas", "jaxmarl", "jax", "mujoco"))
 
 
 if __name__ == "__main__":
