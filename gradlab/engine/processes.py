@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -14,6 +14,7 @@ from gradlab.engine.moments import SUMS, Moments
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Group(Protocol):
     """Processes that all hold the whole batch, and call the same in the same order.
 

@@ -1,10 +1,10 @@
 """Arrays of numbers that users hand in, checked and in float64."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from gradlab.checks import UsageError, check
 
@@ -22,7 +22,7 @@ class TensorLike(Protocol):
     def cpu(self) -> "TensorLike":
         """Copy to the main memory."""
 
-    def numpy(self) -> np.ndarray[Any, Any]:
+    def numpy(self) -> Shaped[np.ndarray, "..."]:
         """Share the memory."""
 
 
