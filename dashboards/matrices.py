@@ -121,9 +121,12 @@ def matrix_figure(
         "ygap": gap,
     }
     if faded is not None and labelled:
-        # What is under the mask is too pale to be read.
+        # What is under the mask is too pale to be read. Elsewhere two texts would blur each other.
         mask |= {
-            "text": [["" if cell is None else f"{cell:.2f}" for cell in row] for row in cells],
+            "text": [
+                [f"{x:.2f}" if pale and x is not None else "" for x, pale in zip(*row, strict=True)]
+                for row in zip(cells, faded.tolist(), strict=True)
+            ],
             "texttemplate": "%{text}",
             "textfont": {"size": 13 if agents <= 6 else 10, "color": "#4a545e"},
         }

@@ -122,6 +122,8 @@ def test_cosines_are_those_recorded_and_undecided_pairs_are_faded(view, run, spa
         np.testing.assert_allclose(np.array(matrix["z"], float), expected, atol=5e-4)
         undecided = run.quantity("verdict").sel(where).to_numpy() == UNDECIDED
         assert [[cell == 1 for cell in row] for row in mask["z"]] == undecided.tolist()
+        written = undecided & np.isfinite(expected)  # over the others' own text it would blur it
+        assert [[text != "" for text in row] for row in mask["text"]] == written.tolist()
         assert (matrix["zmin"], matrix["zmax"]) == (-1, 1)
         assert figure["layout"]["plot_bgcolor"] == UNDEFINED
 
