@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradlab.engine.processes import Shared
+from gradlab.engine.processes import Group, Shared
 
 WORKER = """
 import sys
@@ -115,7 +115,7 @@ def test_processes_decompose_together_what_each_would_alone(tmp_path):
     assert done.stdout.count("same") == 3, done.stdout + done.stderr
 
 
-class One:
+class One(Group):
     """One of several processes, which are not there."""
 
     def __init__(self, rank, size):
