@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from trainers.sweeps.local import cores
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -84,7 +86,11 @@ def write(name, rows, note=None, packages=PACKAGES):
     record = {
         "versions": {p: importlib.metadata.version(p) for p in packages}
         | {"python": platform.python_version()},
-        "machine": {"processor": _processor(), "cores": torch.get_num_threads()},
+        "machine": {
+            "processor": _processor(),
+            "cores": cores(),
+            "threads": torch.get_num_threads(),
+        },
         "rows": rows,
     } | ({"note": note} if note else {})
     RESULTS.mkdir(exist_ok=True)
