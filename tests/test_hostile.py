@@ -110,7 +110,7 @@ def few(tmp_path_factory):
         for update in range(3):
             values = np.full((1, 2, 1, 2, 2), update / 2)
             cosine = Quantity(values=values, dims=tuple(axes), coords=axes, unit="1")
-            count = Quantity(values=np.int64(update), unit="frames")
+            count = Quantity(values=np.array(update), unit="frames")
             own = Quantity(values=np.ones(3, "f4"), dims=("x",), coords={"x": [0.5, 1, 2]})
             writer.write(update, {"cosine": cosine, "frames": count, "own": own})
     return hostile.content(folder)
