@@ -1,6 +1,5 @@
 """Serving: the socket, who may call, and the way in and out."""
 
-import ctypes
 import errno
 import ipaddress
 import logging
@@ -9,7 +8,6 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -17,12 +15,12 @@ from waitress.server import create_server
 
 from dashboards.live.app import make_app, policy
 from dashboards.live.guard import LARGEST_BODY, LOOPBACK, Guard
+from dashboards.live.heap import share_one_heap
 from dashboards.live.runs import RunIndex
 from gradlab.checks import UsageError, check
 
 _THREADS = 8
 _SLOW = 30  # seconds that a client may take over a request before it is let go
-_ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
 
 
 def serve(
@@ -49,7 +47,7 @@ def serve(
     """
     check(bool(host), "host", "be a name or address of this machine", host)
     check(0 <= port <= 65535, "port", "be from 0 to 65535, 0 for any that is free", port)
-    _share_one_heap()
+    share_one_heap()
     index = RunIndex(folders)
     listener, local = _listen(host, port)
     try:
@@ -92,16 +90,6 @@ def serve(
         server.run()
     except KeyboardInterrupt:  # it came before that
         server.close()
-
-
-def _share_one_heap() -> None:
-    """Have all threads take their memory from one heap, where the C library is glibc.
-
-    Else each has its own, and what is read and drawn with every update by whichever thread is free
-    leaves holes in all of them: a server that follows a long training grows without end.
-    """
-    with suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
 
 
 def _is_run_itself(index: RunIndex) -> Callable[[Path], bool]:

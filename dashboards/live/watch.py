@@ -9,6 +9,7 @@ from threading import RLock
 from typing import Any
 
 from dashboards.choices import Choices
+from dashboards.live.heap import give_back
 from dashboards.live.runs import RunIndex
 from dashboards.page import page_body, page_data
 from dashboards.panel import Figure, Part
@@ -147,6 +148,7 @@ class Watched:
             self._size = 0
             self._page = ""
             self.generation += 1
+            give_back()
 
 
 def _drawn(part: Part, choices: Choices, *, whole: bool) -> Figure:
