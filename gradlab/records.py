@@ -14,14 +14,14 @@ from jaxtyping import Int
 
 from gradlab.axes import misfit
 from gradlab.checks import UsageError
-from gradlab.run_writer import LARGEST_INFO, OURS, RECORDS_FILE, SCHEMA, written_as
+from gradlab.database import bounded, is_ours, most_stored
+from gradlab.run_writer import LARGEST_INFO, RECORDS_FILE, SCHEMA
 
 LAST_UPDATE = 2**63 - 1
 """The largest number that the store holds."""
 
 _LARGEST_RECORD = 10**9  # bytes; SQLite holds no more
 _MOST_AXES = 16
-_MEANWHILE = 10**6  # bytes that are written between a look at the files and one at the records
 _DTYPE = re.compile(r"[<|][biuf][0-9]{1,2}")
 
 
@@ -65,10 +65,10 @@ class Described(NamedTuple):
         Raises:
             ValueError: If it is none that a `RunWriter` writes.
         """
-        name, dims, coordinates, dtype, unit, estimator = row
+        name, dims, labelled, dtype, unit, estimator = row
         if not all(isinstance(text, str) for text in row):
             raise ValueError("a quantity whose description is no text")
-        axes, labels = json.loads(dims), json.loads(coordinates)
+        axes, labels = json.loads(dims), json.loads(labelled)
         if not (
             isinstance(axes, list)
             and isinstance(labels, dict)
@@ -79,7 +79,8 @@ class Described(NamedTuple):
             raise ValueError(f"{name!r} has no axes with labels")
         if not _DTYPE.fullmatch(dtype):
             raise ValueError(f"{name!r} is of no numbers but of type {dtype!r}")
-        found = cls(tuple(axes), labels, np.dtype(dtype), unit, estimator)
+        coordinates = {axis: labels[axis] for axis in axes}
+        found = cls(tuple(axes), coordinates, np.dtype(dtype), unit, estimator)
         if found.size > _LARGEST_RECORD:
             raise ValueError(f"{name!r} has {found.size:,} bytes a record, which no file holds")
         return found
@@ -188,7 +189,8 @@ class Records:
             most = self._most(size)
             wanted = {"name": name, "since": since, "until": LAST_UPDATE, "most": most + 1}
             try:
-                text, count = self._database.execute(query, wanted).fetchone()
+                with bounded(self._database, self._file):
+                    text, count = self._database.execute(query, wanted).fetchone()
                 _check_fits(count, most)
                 return np.array(text.split(",") if count else [], np.int64)
             except sqlite3.DatabaseError as error:
@@ -240,7 +242,8 @@ class Records:
             wanted |= {"size": size, "most": 1 if newest else most + 1}
             wanted |= {} if at is None else {"at": json.dumps(list(at))}
             try:
-                rows = self._database.execute(query, wanted).fetchall()
+                with bounded(self._database, self._file):
+                    rows = self._database.execute(query, wanted).fetchall()
                 _check_fits(len(rows), most)
                 return rows
             except sqlite3.DatabaseError as error:
@@ -266,12 +269,13 @@ class Records:
                 database = sqlite3.connect(
                     f"{file.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False
                 )
-                # Without this SQLite refuses a cut-off file whole; the connection can't write.
-                database.execute("PRAGMA writable_schema=ON")
-                (version,) = database.execute("PRAGMA user_version").fetchone()
-                database.execute("PRAGMA trusted_schema=OFF")
-                database.execute("PRAGMA cell_size_check=ON")
-                written = written_as(database)
+                with bounded(database, file):
+                    # Without this SQLite refuses a cut-off file whole; the connection can't write.
+                    database.execute("PRAGMA writable_schema=ON")
+                    (version,) = database.execute("PRAGMA user_version").fetchone()
+                    database.execute("PRAGMA trusted_schema=OFF")
+                    database.execute("PRAGMA cell_size_check=ON")
+                    ours = is_ours(database)
             except sqlite3.OperationalError:
                 continue
             except sqlite3.DatabaseError as error:
@@ -281,7 +285,7 @@ class Records:
                 return None
             if version:  # 0 while a new file's first transaction is under way
                 check_schema(self._file, version)
-            if written and written != OURS:
+            if not ours:
                 self._problems.append(
                     f"{RECORDS_FILE} has other tables than gradlab writes: there are no records"
                 )
@@ -294,21 +298,9 @@ class Records:
         found: dict[str, Described] = {}
         if self._database is None:
             return found
-        columns = "name, dims, coordinates, dtype, unit, estimator"
-        length = "+".join(f"length(CAST({column} AS BLOB))" for column in columns.split(", "))
         try:
-            described = 0
-            for (text,) in self._database.execute(f"SELECT {length} FROM quantity"):
-                described += text or 0
-                if described > LARGEST_INFO:
-                    raise ValueError("its quantities' descriptions are too large")
-            for row in self._database.execute(f"SELECT {columns} FROM quantity ORDER BY rowid"):
-                quantity = Described.read(row)
-                wrong = misfit(row[0], {dim: quantity.coordinates[dim] for dim in quantity.dims})
-                if wrong is None:
-                    found[row[0]] = quantity
-                else:
-                    self._problems.append(f"{row[0]} has {wrong}: it is passed over")
+            with bounded(self._database, self._file):
+                self._describe(self._database, found)
         except (
             *(sqlite3.DatabaseError, ValueError, TypeError, RecursionError, MemoryError),
         ) as error:
@@ -317,6 +309,23 @@ class Records:
                 "can be read"
             )
         return found
+
+    def _describe(self, database: sqlite3.Connection, found: dict[str, Described]) -> None:
+        """Read what describes the quantities, as far as it is whole."""
+        columns = "name, dims, coordinates, dtype, unit, estimator"
+        length = "+".join(f"length(CAST({column} AS BLOB))" for column in columns.split(", "))
+        described = 0
+        for (text,) in database.execute(f"SELECT {length} FROM quantity"):
+            described += text or 0
+            if described > LARGEST_INFO:
+                raise ValueError("its quantities' descriptions are too large")
+        for row in database.execute(f"SELECT {columns} FROM quantity ORDER BY rowid"):
+            quantity = Described.read(row)
+            wrong = misfit(row[0], quantity.coordinates)
+            if wrong is None:
+                found[row[0]] = quantity
+            else:
+                self._problems.append(f"{row[0]} has {wrong}: it is passed over")
 
     def _is_truncated(self) -> bool:
         """A database file shorter than its header says, with no log that holds the rest."""
@@ -330,14 +339,9 @@ class Records:
         page_size = 65536 if page_size == 1 else page_size
         return file.stat().st_size < page_size * int.from_bytes(header[28:32], "big")
 
-    def _stored(self) -> int:
-        """Bytes of the files that hold the records, and of what may be written meanwhile."""
-        files = (status_of(self._file.with_name(self._file.name + end)) for end in ("", "-wal"))
-        return _MEANWHILE + sum(status.st_size for status in files if status is not None)
-
     def _most(self, size: int) -> int:
         """Tell how many records of a size there can be; pages could be used again and again."""
-        return self._stored() // (size + 1) + 1
+        return most_stored(self._file) // (size + 1) + 1
 
     def _salvage(self, cause: str) -> None:
         """Read the records in the order they were written, up to the first that is damaged."""
@@ -346,14 +350,15 @@ class Records:
         query = 'SELECT quantity, "update", array FROM record NOT INDEXED ORDER BY rowid'
         try:
             assert self._database is not None
-            read, stored = 0, self._stored()
-            for name, update, data in self._database.execute(query):
-                if not (isinstance(update, int) and isinstance(data, bytes)):
-                    raise sqlite3.DatabaseError("a record without content")
-                read += len(data)
-                _check_fits(read, stored)
-                whole.setdefault(name, {})[update] = data
-                last = max(last, update)
+            read, stored = 0, most_stored(self._file)
+            with bounded(self._database, self._file):
+                for name, update, data in self._database.execute(query):
+                    if not (isinstance(update, int) and isinstance(data, bytes)):
+                        raise sqlite3.DatabaseError("a record without content")
+                    read += len(data) + 1
+                    _check_fits(read, stored)
+                    whole.setdefault(name, {})[update] = data
+                    last = max(last, update)
         except sqlite3.DatabaseError:
             # The update that was being read when the damage was met may lack quantities.
             for records in whole.values():

@@ -2,13 +2,12 @@
 
 import json
 import os
-import re
 import secrets
 import shutil
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from gradlab.axes import misfit
 from gradlab.checks import Failed, UsageError
+from gradlab.database import TABLES, bounded, check_journal, is_ours
 from gradlab.quantity import Quantity
 from gradlab.sinks.record import Record
 from gradlab.sinks.sink import About, Forwarding, Sink
@@ -28,54 +28,8 @@ SCHEMA = 1
 RUN_FILE = "run.json"
 RECORDS_FILE = "records.sqlite"
 LOCK_FILE = "lock"
-LARGEST_INFO = 10_000_000
+LARGEST_INFO = 4_000_000
 """Bytes of run.json, and of all that describes quantities; a training's have some thousands."""
-
-# A reader takes records from tables that were made so, and from no others.
-TABLES = """
-CREATE TABLE IF NOT EXISTS quantity (
-    name TEXT PRIMARY KEY,
-    dims TEXT NOT NULL,         -- JSON list of axis names
-    coordinates TEXT NOT NULL,  -- JSON object: axis name -> list of labels
-    dtype TEXT NOT NULL,        -- NumPy's name, little-endian
-    unit TEXT NOT NULL,
-    estimator TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS record (
-    quantity TEXT NOT NULL REFERENCES quantity (name),
-    "update" INTEGER NOT NULL,
-    array BLOB NOT NULL         -- C order
-);
-CREATE UNIQUE INDEX IF NOT EXISTS record_by_quantity ON record (quantity, "update");
-"""
-
-
-def written_as(database: sqlite3.Connection) -> list[str]:
-    """Look up what the tables of records were made by.
-
-    Of those, all there is: a view or a computed column in their place could hold whoever reads it
-    up for ever or fill the memory, and a trigger change what is written.
-
-    Args:
-        database: An open database.
-
-    Returns:
-        Statements, without comments and line breaks.
-    """
-    rows = database.execute(
-        "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND tbl_name IN ('quantity', 'record')"
-    )
-    return sorted(" ".join(re.sub("--.*", "", str(sql)).split()) for (sql,) in rows)
-
-
-def _ours() -> list[str]:
-    with closing(sqlite3.connect(":memory:")) as database:
-        database.executescript(TABLES)
-        return written_as(database)
-
-
-OURS = _ours()
-"""What `written_as` says of a file that gradlab made."""
 
 
 def _known(file: Path) -> dict[str, Any]:
@@ -184,7 +138,8 @@ def is_run(path: Path) -> bool:
     Returns:
         Whether one of a run's files stands in it.
     """
-    return (path / RUN_FILE).is_file() or (path / RECORDS_FILE).is_file()
+    # Not by `Path.is_file`, which raises where a path is too long or may not be looked into.
+    return any(os.path.isfile(path / name) for name in (RUN_FILE, RECORDS_FILE))
 
 
 def check_no_links(folder: Path) -> None:
@@ -220,6 +175,10 @@ def _check_free(path: Path) -> None:
             f"{path} already holds a run; nothing was overwritten. Choose another --out, or "
             "add --resume to go on with it."
         )
+
+
+def _not_gone_on_with(file: Path, error: Exception) -> UsageError:
+    return UsageError(f"{file} can't be gone on with ({error}). Choose another --out.")
 
 
 def sync(path: Path) -> None:
@@ -306,31 +265,31 @@ class RunWriter:
             with writing(path / RECORDS_FILE):
                 if _is_refusal(error):
                     raise
-            raise UsageError(
-                f"{path / RECORDS_FILE} can't be gone on with ({error}). Choose another --out."
-            ) from None
+            raise _not_gone_on_with(path / RECORDS_FILE, error) from None
 
     def _open(self) -> None:
-        path = self.path
+        file = self.path / RECORDS_FILE
+        check_journal(file)
         # Autocommit mode: transactions are opened and closed by hand, one for each update.
-        self._database = sqlite3.connect(path / RECORDS_FILE, isolation_level=None)
-        (mode,) = self._database.execute("PRAGMA journal_mode=WAL").fetchone()
-        if mode != "wal":
-            self.notes.append(
-                f"{self.path} is on a file system without write-ahead logging (journal mode "
-                f"{mode!r}): a live reader may have to wait for the writer."
-            )
-        self._database.execute("PRAGMA synchronous=NORMAL")
-        self._database.executescript(TABLES)
-        if written_as(self._database) != OURS:
-            raise ValueError("it has other tables than gradlab writes")
-        self._database.execute(f"PRAGMA user_version={SCHEMA}")
-        self._shapes = {
-            name: (tuple(json.loads(dims)), np.dtype(dtype), json.loads(coordinates))
-            for name, dims, dtype, coordinates in self._database.execute(
-                "SELECT name, dims, dtype, coordinates FROM quantity"
-            )
-        }
+        self._database = sqlite3.connect(file, isolation_level=None)
+        with bounded(self._database, file):
+            (mode,) = self._database.execute("PRAGMA journal_mode=WAL").fetchone()
+            if mode != "wal":
+                self.notes.append(
+                    f"{self.path} is on a file system without write-ahead logging (journal mode "
+                    f"{mode!r}): a live reader may have to wait for the writer."
+                )
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            if not is_ours(self._database):  # before anything of it is evaluated
+                raise ValueError("it has other tables than gradlab writes")
+            self._database.executescript(TABLES)
+            self._database.execute(f"PRAGMA user_version={SCHEMA}")
+            self._shapes = {
+                name: (tuple(json.loads(dims)), np.dtype(dtype), json.loads(coordinates))
+                for name, dims, dtype, coordinates in self._database.execute(
+                    "SELECT name, dims, dtype, coordinates FROM quantity"
+                )
+            }
 
     def __enter__(self) -> "RunWriter":
         return self
@@ -415,7 +374,8 @@ class RunWriter:
         Raises:
             NotWritten: If the disk refuses.
         """
-        with writing(self.path / RECORDS_FILE):
+        file = self.path / RECORDS_FILE
+        with writing(file), bounded(self._database, file):
             self._database.execute('DELETE FROM record WHERE "update" > ?', (update,))
 
     def sync(self) -> None:
@@ -438,9 +398,17 @@ class RunWriter:
 
         Returns:
             The last update of which anything is recorded; -1 if nothing is.
+
+        Raises:
+            UsageError: If that can't be told.
         """
-        query = 'SELECT max("update") FROM record'
-        (last,) = self._database.execute(query).fetchone()
+        file = self.path / RECORDS_FILE
+        try:
+            with bounded(self._database, file):
+                query = 'SELECT max("update") FROM record'
+                (last,) = self._database.execute(query).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise _not_gone_on_with(file, error) from None
         return -1 if last is None else int(last)
 
     def _insert(self, update: int, quantities: Mapping[str, Quantity]) -> None:

@@ -43,6 +43,10 @@ SQL = st.sampled_from([
     "DROP TABLE quantity; CREATE TABLE quantity (name, dims, coordinates, dtype, unit, estimator "
     "AS (hex(zeroblob(400000000))))",
     "CREATE TRIGGER t BEFORE DELETE ON record BEGIN UPDATE quantity SET dims = '[]'; END",
+    "CREATE TRIGGER t AFTER INSERT ON RECORD BEGIN UPDATE record SET array = zeroblob(8); END",
+    "DROP TABLE record; DROP TABLE quantity; CREATE VIEW QUANTITY AS WITH RECURSIVE r(a) AS "
+    "(SELECT 1 UNION ALL SELECT a + 1 FROM r) SELECT '' name, '' dims, '' coordinates, '' dtype, "
+    "'' unit, '' estimator FROM r",
     "ALTER TABLE record ADD COLUMN more",
     "PRAGMA user_version = 99",
     'UPDATE record SET "update" = "update" + 0.5',
@@ -55,6 +59,57 @@ SQL = st.sampled_from([
     "UPDATE quantity SET dims = '[]', coordinates = '{}'",
     "UPDATE quantity SET name = name || ' '",
 ])
+PAGE = 4096
+
+
+def looped(file, name):
+    """Put pages that refer to each other in the place of a table's or an index' only one.
+
+    Args:
+        file: A database without a log whose table or index has a single page.
+        name: The table or index, which then has 300 ** 12 times the rows.
+    """
+    with closing(sqlite3.connect(file)) as database:
+        query = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        (root,) = database.execute(query, (name,)).fetchone()
+    content = bytearray(file.read_bytes())
+    leaf = bytes(content[(root - 1) * PAGE : root * PAGE])
+    is_table = leaf[0] == 13
+    assert is_table or leaf[0] == 10
+    key = b"\x01" if is_table else leaf[struct.unpack(">H", leaf[8:10])[0] :]
+
+    def interior(child):
+        cell = struct.pack(">I", child) + key
+        at, page = PAGE - len(cell), bytearray(PAGE)
+        page[at:] = cell
+        page[:12] = struct.pack(">BHHHBI", 5 if is_table else 2, 0, 300, at, 0, child)
+        page[12:612] = struct.pack(">H", at) * 300
+        return page
+
+    content += leaf
+    for _ in range(11):
+        content += interior(len(content) // PAGE)
+    content[(root - 1) * PAGE : root * PAGE] = interior(len(content) // PAGE)
+    content[28:32] = struct.pack(">I", len(content) // PAGE)
+    file.write_bytes(content)
+
+
+def journal_naming(path, pages):
+    """A journal that changes nothing, and names a file for SQLite to delete in the end.
+
+    Args:
+        path: The file.
+        pages: Of the database.
+
+    Returns:
+        Its content.
+    """
+    magic, name = bytes.fromhex("d9d505f920a163d7"), str(path).encode()
+    head = (magic + struct.pack(">IIIII", 0, 0, pages, 512, PAGE)).ljust(512, b"\0")
+    end = struct.pack(">II", len(name), sum(name)) + magic
+    return head + struct.pack(">I", 2**30 // PAGE + 1) + name + end
+
+
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{','.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(12)
 )

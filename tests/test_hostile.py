@@ -4,7 +4,9 @@ import ast
 import os
 import pickle
 import shutil
+import sqlite3
 import warnings
+from contextlib import closing, suppress
 from pathlib import Path
 
 import hostile
@@ -114,6 +116,82 @@ def few(tmp_path_factory):
             own = Quantity(values=np.ones(3, "f4"), dims=("x",), coords={"x": [0.5, 1, 2]})
             writer.write(update, {"cosine": cosine, "frames": count, "own": own})
     return hostile.content(folder)
+
+
+@pytest.fixture
+def short(tmp_path):
+    """A run with one record and no log beside its database."""
+    folder = tmp_path / "short"
+    with RunWriter(folder) as writer:
+        writer.describe(method="fups", environment="e", agents=2, seed=0, state="done", config={})
+        writer.write(0, {"own": Quantity.scalar(1)})
+    change(folder, "PRAGMA journal_mode = DELETE")
+    return folder
+
+
+def change(folder, *statements):
+    with closing(sqlite3.connect(folder / "records.sqlite", isolation_level=None)) as database:
+        for statement in statements:
+            database.execute(statement)
+
+
+def test_a_journal_deletes_no_file_that_it_names(short, tmp_path):
+    theirs = tmp_path / "thesis.tex"
+    theirs.write_text("years of work")
+    pages = (short / "records.sqlite").stat().st_size // hostile.PAGE
+    journal = short / "records.sqlite-journal"
+    journal.write_bytes(hostile.journal_naming(theirs, pages))
+    look(short)
+    with pytest.raises(UsageError, match="journal names a file for SQLite to delete"):
+        RunWriter(short, resume=True)
+    assert theirs.exists()
+    # What is refused would have deleted it.
+    with closing(sqlite3.connect(short / "records.sqlite")) as database:
+        database.execute("SELECT * FROM record").fetchall()
+    assert not theirs.exists()
+
+
+def test_a_journal_of_a_write_that_was_cut_off_is_gone_on_with(short, tmp_path):
+    pages = (short / "records.sqlite").stat().st_size // hostile.PAGE
+    whole = hostile.journal_naming(tmp_path, pages)
+    (short / "records.sqlite-journal").write_bytes(whole[:512])
+    with RunWriter(short, resume=True) as writer:
+        writer.write(1, {"own": Quantity.scalar(2)})
+    assert look(short).quantity("own").to_numpy().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE VIEW more AS SELECT * FROM record",
+        "CREATE TRIGGER t AFTER INSERT ON RECORD BEGIN DELETE FROM record; END",
+        "CREATE TRIGGER t AFTER INSERT ON quantity BEGIN DELETE FROM record; END",
+        "CREATE TABLE more (a)",
+        "CREATE INDEX more ON RECORD (array)",
+        "DROP TABLE record; CREATE VIEW RECORD AS SELECT 'own' quantity, 0 \"update\", x'00' array",
+    ],
+)
+def test_what_gradlab_does_not_make_is_neither_read_nor_gone_on_with(short, statement):
+    change(short, *statement.split("; ", statement.count("DROP")))
+    run = open_run(short)
+    assert run.quantities == ()
+    assert "other tables than gradlab writes" in "".join(run.problems)
+    with pytest.raises(UsageError, match="other tables than gradlab writes"):
+        RunWriter(short, resume=True)
+
+
+@pytest.mark.parametrize("name", ["quantity", "record_by_quantity"])
+def test_pages_that_refer_to_each_other_are_not_followed_without_end(short, name):
+    if name == "quantity":  # rows of nothing, which no limit of what is read would ever meet
+        row = ", ".join(f"{column} = ''" for column in ("name", "dims", "coordinates", "dtype"))
+        change(short, f"UPDATE quantity SET unit = '', estimator = '', {row}")
+    else:
+        change(short, 'UPDATE record SET "update" = 0.5')
+    hostile.looped(short / "records.sqlite", name)
+    run = look(short)
+    assert "more rows than its bytes can hold" in "".join(run.problems)
+    with suppress(UsageError), RunWriter(short, resume=True) as writer:
+        writer.newest_update()
 
 
 def look(folder):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from gradlab.checks import UsageError
+from gradlab.checks import Failed, UsageError
 from gradlab.run_writer import RunWriter, read_at_most, sync, write_atomically, writing
 from trainers.processes import ALONE, Group
 
@@ -21,6 +21,7 @@ SCHEMA = 2
 FOLDER = "checkpoints"
 KEPT = 2
 _LARGEST = 10**12  # bytes, that have to be on the disk
+_LARGEST_HEAD = 10_000_000  # bytes, of which each takes tens once it is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +66,27 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
 
     Raises:
         OSError: If the disk refuses; older checkpoints are then still there.
+        Failed: If there is more beside the tensors than is read again.
     """
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     data = save({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()})
     stem = folder / f"{checkpoint.update:09d}"
-    write_atomically(stem.with_suffix(".safetensors"), data)
     head: dict[str, Any] = {
         "schema": SCHEMA,
         "update": checkpoint.update,
         "values": checkpoint.values,
     }
     head["sha256"] = _digest(head, data)
+    text = json.dumps(head).encode()
+    if len(text) > _LARGEST_HEAD:
+        raise Failed(
+            f"{stem}.json can't be written: what is no tensor takes {len(text):,} bytes, and at "
+            f"most {_LARGEST_HEAD:,} are read. Keep arrays of the environment's state as tensors."
+        )
+    write_atomically(stem.with_suffix(".safetensors"), data)
     try:
-        write_atomically(stem.with_suffix(".json"), json.dumps(head).encode())
+        write_atomically(stem.with_suffix(".json"), text)
     except OSError:
         # Half a checkpoint would be told as damage, and takes room that a full disk lacks.
         if not stem.with_suffix(".json").exists():
@@ -233,7 +241,10 @@ def _read(stem: Path) -> Checkpoint:
         raise ValueError(f"{links[0]} is a link to elsewhere")
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{missing[0]} is missing")
-    head_bytes, data = (read_at_most(file, _LARGEST) for file in files)
+    head_bytes, data = (
+        read_at_most(file, most)
+        for file, most in zip(files, (_LARGEST_HEAD, _LARGEST), strict=True)
+    )
     head = json.loads(head_bytes)
     if not isinstance(head, dict):
         raise ValueError("its .json file holds no object")

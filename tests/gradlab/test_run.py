@@ -12,7 +12,7 @@ import xarray as xr
 
 from gradlab.checks import UsageError
 from gradlab.probe import SKETCH_SIZE, sketch
-from gradlab.run import open_run
+from gradlab.run import open_run, open_runs
 from gradlab.run_writer import RunWriter
 
 
@@ -203,9 +203,7 @@ def test_records_that_are_more_than_their_file_holds_are_not_gone_on_reading(tmp
             writer.write(update, {"a": xr.DataArray(np.zeros(1000), dims="x")})
     run = open_run(tmp_path / "r")
     assert run.quantity("a").sizes["update"] == 9
-    status = os.stat_result((0,) * 6 + (20_000, 0, 0, 0))
-    monkeypatch.setattr("gradlab.records.status_of", lambda file: status if file.suffix else None)
-    monkeypatch.setattr("gradlab.records._MEANWHILE", 0)
+    monkeypatch.setattr("gradlab.records.most_stored", lambda _: 20_000)
     for read in (lambda run: run.quantity("a")["update"], lambda run: run.marks("a")):
         run = open_run(tmp_path / "r")
         assert len(read(run)) < 9
@@ -246,3 +244,17 @@ def test_a_quantity_of_gradlabs_name_and_other_axes_is_passed_over(tmp_path):
         "cosine has axes ('agent', 'agent_other') where gradlab records ('network', 'space', "
         "'layer', 'agent', 'agent_other'): it is passed over"
     ]
+
+
+def test_folders_too_deep_to_look_into_hide_no_other_run(tmp_path):
+    with RunWriter(tmp_path / "whole") as writer:
+        writer.describe(state="done")
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(20):  # more than a path may be long
+            os.mkdir("d" * 250)
+            os.chdir("d" * 250)
+    finally:
+        os.chdir(here)
+    assert [run.path.name for run in open_runs(tmp_path)] == ["whole"]

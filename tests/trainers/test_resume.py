@@ -13,10 +13,10 @@ import torch
 from resuming import same_end
 from selection import slow_but
 
-from gradlab.checks import UsageError
+from gradlab.checks import Failed, UsageError
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter
-from trainers.checkpoints import newest_checkpoint
+from trainers.checkpoints import FOLDER, Checkpoint, newest_checkpoint, write_checkpoint
 from trainers.config import TrainConfig
 from trainers.envs import make_env
 from trainers.envs.vector_env import Discrete
@@ -316,3 +316,10 @@ def test_vmas_state_is_all_that_the_future_depends_on(scenario):
         assert torch.equal(one.reward, two.reward)
         assert torch.equal(one.truncated, two.truncated)
         assert torch.equal(one.terminated, two.terminated)
+
+
+def test_what_would_not_be_read_again_is_not_written(tmp_path):
+    much = Checkpoint(update=0, tensors={}, values={"state": "x" * 10**7})
+    with pytest.raises(Failed, match="at most 10,000,000 are read"):
+        write_checkpoint(tmp_path, much)
+    assert not list((tmp_path / FOLDER).iterdir())
