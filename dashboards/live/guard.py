@@ -68,11 +68,14 @@ class Guard:
                 kept.append(("Cache-Control", "no-store"))
             return start_response(status, [*kept, *headers], *rest)
 
-        refused = self._refusal(environ)
-        if refused:
+        try:
+            refused = self._refusal(environ)
+            if refused is None and self.token is not None and not self._shows_cookie(environ):
+                return self._ask_for_token(environ, start)
+        except ValueError:  # of what is no address, or has more parts than one
+            refused = HTTPStatus.BAD_REQUEST, "That is no question."
+        if refused is not None:
             return _plain(start, *refused)
-        if self.token is not None and not self._shows_cookie(environ):
-            return self._ask_for_token(environ, start)
         return self.application(environ, start)
 
     def _refusal(self, environ: Environ) -> tuple[HTTPStatus, str] | None:

@@ -7,14 +7,16 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlencode
 
-from waitress.server import create_server
+from waitress.channel import HTTPChannel
+from waitress.server import BaseWSGIServer, create_server
 
 from dashboards.live.app import make_app, policy
-from dashboards.live.guard import LARGEST_BODY, LOOPBACK, Guard
+from dashboards.live.guard import LARGEST_BODY, LOOPBACK, Application, Guard
 from dashboards.live.heap import share_one_heap
 from dashboards.live.runs import RunIndex
 from gradlab.checks import UsageError, check
@@ -64,17 +66,7 @@ def serve(
             token=token,
             cookie=f"gradlab_{port}",
         )
-        # It says in the log how many wait for a thread, which is nobody's concern here.
-        logging.getLogger("waitress").setLevel(logging.ERROR)
-        server = create_server(
-            guard,
-            sockets=[listener],
-            threads=_THREADS,
-            max_request_body_size=LARGEST_BODY,
-            channel_timeout=_SLOW,
-            connection_limit=500,
-            ident="",
-        )
+        server = make_server(guard, listener)
     except BaseException:
         listener.close()
         raise
@@ -90,6 +82,59 @@ def serve(
         server.run()
     except KeyboardInterrupt:  # it came before that
         server.close()
+
+
+class _Connection(HTTPChannel):  # type: ignore[misc]  # waitress has no types
+    """A connection that has to send each request in a while, however steadily it trickles.
+
+    By itself waitress lets go of those alone that are silent.
+    """
+
+    _began: float | None = None
+
+    def received(self, data: bytes) -> bool:
+        """Take what has come.
+
+        Args:
+            data: Some bytes.
+
+        Returns:
+            Whether there were any, and they were taken.
+        """
+        took: bool = super().received(data)
+        now = time.monotonic()
+        if self.request is None:  # the last one is whole
+            self._began = None
+        elif self._began is None:
+            self._began = now
+        elif now - self._began > _SLOW:
+            self.will_close = True
+        return took
+
+
+def make_server(application: Application, listener: socket.socket) -> BaseWSGIServer:
+    """Have an application answer at a socket once the server is run.
+
+    Args:
+        application: What answers.
+        listener: Listens.
+
+    Returns:
+        The server.
+    """
+    # It says in the log how many wait for a thread, which is nobody's concern here.
+    logging.getLogger("waitress").setLevel(logging.ERROR)
+    server = create_server(
+        application,
+        sockets=[listener],
+        threads=_THREADS,
+        max_request_body_size=LARGEST_BODY,
+        channel_timeout=_SLOW,
+        connection_limit=500,
+        ident="",
+    )
+    server.channel_class = _Connection
+    return server
 
 
 def _is_run_itself(index: RunIndex) -> Callable[[Path], bool]:

@@ -1,7 +1,13 @@
+import importlib
+import socket
+import threading
+import time
+
 import pytest
 
 from dashboards.live.guard import LARGEST_BODY, Guard
 
+serve = importlib.import_module("dashboards.live.serve")  # the package has a function of that name
 POST = {"REQUEST_METHOD": "POST", "PATH_INFO": "/_dash-update-component"}
 
 
@@ -134,3 +140,40 @@ def test_a_server_for_others_asks_for_its_token():
     assert ask(guard, **post, QUERY_STRING="token=s3cret")[0] == 401
     assert ask(guard, **post, HTTP_COOKIE="c=s3cret")[0] == 200
     assert ask(guard, HTTP_HOST="evil.example", HTTP_COOKIE="c=s3cret")[0] == 403
+
+
+@pytest.mark.parametrize("token", [None, "secret"])
+@pytest.mark.parametrize(
+    "question", [{"HTTP_ORIGIN": "http://[::1"}, {"QUERY_STRING": "&".join(["a=1"] * 70)}]
+)
+def test_what_is_no_question_is_told_so_in_a_line(token, question):
+    guard = Guard(application=answers, policy="default-src 'none'", token=token)
+    status, headers, body = ask(guard, **question)
+    parsed_by_guard = token or "HTTP_ORIGIN" in question
+    assert status == (400 if parsed_by_guard else 200)
+    assert headers["Content-Security-Policy"] == "default-src 'none'"
+    assert body.count("\n") == (1 if parsed_by_guard else 0)
+
+
+def trickle(connection):
+    for _ in range(100):
+        connection.sendall(b"x")
+        time.sleep(0.1)
+
+
+def test_who_sends_a_request_bit_by_bit_is_let_go(monkeypatch):
+    monkeypatch.setattr(serve, "_SLOW", 1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        server = serve.make_server(answers, listener)
+        threading.Thread(target=server.run, daemon=True).start()
+        with socket.create_connection(address, timeout=30) as slow:
+            slow.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000\r\n\r\n")
+            with pytest.raises(ConnectionError):
+                trickle(slow)
+        with socket.create_connection(address, timeout=30) as quick:
+            for _ in range(15):  # many requests in a connection may take as long as they like
+                quick.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert quick.recv(1000).startswith(b"HTTP/1.1 200")
+                time.sleep(0.1)
+        server.close()

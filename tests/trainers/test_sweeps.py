@@ -24,6 +24,7 @@ from trainers.sweeps import (
     LocalEngine,
     State,
     find_sweep,
+    local,
     make_engine,
     plan_runs,
     read_sweep,
@@ -295,6 +296,20 @@ def test_unexpected_error_of_a_run_is_its_cause_and_stands_whole_beside_it(tmp_p
     assert state.kind == "failed"
     assert state.cause == f"ArithmeticError: no such luck; see {tmp_path / 'r' / OUTPUT}"
     assert "Traceback" in (tmp_path / "r" / OUTPUT).read_text()
+
+
+def test_nothing_is_written_through_a_link_in_a_runs_folder(tmp_path):
+    theirs, folder = tmp_path / "theirs", tmp_path / "run"
+    folder.mkdir()
+    (folder / OUTPUT).symlink_to(theirs)
+    task = Task(name="r", settings={}, folder=folder, threads=1)
+    state = train_task(task)
+    assert state.kind == "failed"
+    assert "is a link to elsewhere" in state.cause
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    local._train(task, sender)
+    assert receiver.recv() == state
+    assert not theirs.exists()
 
 
 def test_list_trains_nothing(tmp_path, capsys):

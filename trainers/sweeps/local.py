@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from gradlab.checks import UsageError
 from trainers.sweeps.engine import Engine
-from trainers.sweeps.task import OUTPUT, State, Task, train_task
+from trainers.sweeps.task import State, Task, open_output, train_task
 
 _PRELOADED = ["__main__", "gradlab.__main__", "trainers.sweeps.local", "torch._dynamo"]
 _POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -109,10 +110,13 @@ def _train(task: Task, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, ask)
     parent = multiprocessing.parent_process()
-    task.folder.mkdir(parents=True, exist_ok=True)
-    with (task.folder / OUTPUT).open("a") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
+    try:
+        with open_output(task.folder) as output:
+            for stream in (1, 2):
+                os.dup2(output.fileno(), stream)
+    except UsageError as error:
+        sender.send(State(kind="failed", cause=str(error)))
+        return
 
     def stop() -> bool:
         return asked or (parent is not None and not parent.is_alive())

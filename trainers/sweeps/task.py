@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from gradlab.checks import Failed, UsageError
+from gradlab.run_writer import check_no_links
 from trainers.config import TrainConfig
 from trainers.train import train_run
 
@@ -45,6 +46,23 @@ class State:
     cause: str = ""
 
 
+def open_output(folder: Path) -> TextIO:
+    """Open the file for what a run's training says, to add to it.
+
+    Args:
+        folder: The run's folder; need not exist.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: If a name in the folder leads elsewhere, where nothing is to be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    check_no_links(folder)
+    return (folder / OUTPUT).open("a", encoding="utf-8", buffering=1)
+
+
 def train_task(task: Task, stop: Callable[[], bool] = lambda: False) -> State:
     """Train, or go on where it was cut off.
 
@@ -56,8 +74,11 @@ def train_task(task: Task, stop: Callable[[], bool] = lambda: False) -> State:
         "done", "stopped" or "failed"; what goes wrong is no exception but a cause.
     """
     said = task.folder / OUTPUT
-    task.folder.mkdir(parents=True, exist_ok=True)
-    with said.open("a", encoding="utf-8", buffering=1) as output:
+    try:
+        opened = open_output(task.folder)
+    except UsageError as error:
+        return State(kind="failed", cause=str(error))
+    with opened as output:
         try:
             finished = train_run(
                 TrainConfig.model_validate(task.settings),
