@@ -447,6 +447,7 @@ def ends_as_the_whole(folder, whole):
     same_end(whole, folder / "r")
 
 
+@pytest.mark.slow
 def test_training_whose_worker_is_killed_is_saved_and_ends_with_status_1(tmp_path, whole):
     status, error = interrupted(tmp_path, lambda _, workers: os.kill(workers[1], signal.SIGKILL))
     assert status == 1

@@ -90,6 +90,7 @@ def test_every_step_is_jaxmarls_own():
     assert seen.shape == (3, COPIES, env.spec.observation_size)
 
 
+@pytest.mark.slow
 def test_battles_end_when_a_side_is_dead_and_are_cut_off_at_the_limit():
     env = make()
     env.reset()
@@ -135,6 +136,7 @@ def test_dead_units_go_on_if_that_is_asked_for():
         assert torch.equal(ours.reward, theirs.reward)
 
 
+@pytest.mark.slow
 def test_tensors_are_jax_s_own_memory():
     env = make()
     env.reset()

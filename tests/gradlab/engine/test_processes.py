@@ -104,6 +104,7 @@ with joined() as group:
 """
 
 
+@pytest.mark.slow
 def test_processes_decompose_together_what_each_would_alone(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
