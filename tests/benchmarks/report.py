@@ -487,7 +487,9 @@ def soak():
         "asks as an open page does: it was told of something new "
         f"{found['followed']['pages']:,} times, waited {found['followed']['slowest answer, s']:.2f} s "
         "at most, and had the last update when the training had stopped. Other work shared the "
-        "machine.\n\n" + table(("what", "measured", "aim"), rows) + provenance(record)
+        "machine, at a lower priority.\n\n"
+        + table(("what", "measured", "aim"), rows)
+        + provenance(record)
     )
 
 
