@@ -1,7 +1,7 @@
 """Across seeds: interquartile means with bootstrap intervals, and their differences."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -15,6 +15,19 @@ Interval = tuple[
     Float[np.ndarray, " point"], Float[np.ndarray, " point"], Float[np.ndarray, " point"]
 ]
 """Values at each point, and the lower and upper ends of their intervals."""
+
+
+class Resampled(NamedTuple):
+    """A number at each point, its 95 % interval, and what that is made of.
+
+    Attributes:
+        interval: Values and the ends of their intervals.
+        drawn: The number of each resample, whose quantiles are the ends of intervals at any level;
+            NaN where the ends are.
+    """
+
+    interval: Interval
+    drawn: Float[np.ndarray, "point resample"]
 
 
 def interquartile_mean(values: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -65,10 +78,22 @@ def difference_across_seeds(
         First less second, and the ends of its percentile bootstrap interval, NaN unless both groups
         have two seeds.
     """
-    return bootstrap([values, others], _difference, resamples, seed)
+    return bootstrap([values, others], difference_of, resamples, seed)
 
 
-def _difference(ours: NDArray[np.float64], theirs: NDArray[np.float64], axis: int) -> Any:  # noqa: ANN401
+def difference_of(
+    ours: NDArray[np.float64], theirs: NDArray[np.float64], axis: int
+) -> NDArray[np.float64]:
+    """Difference of two groups' interquartile means.
+
+    Args:
+        ours: Draws of one group.
+        theirs: Draws of the other; of the same shape but for the number of draws.
+        axis: The axis of the draws.
+
+    Returns:
+        First less second, without that axis.
+    """
     return interquartile_mean_of(ours, axis=axis) - interquartile_mean_of(theirs, axis=axis)
 
 
@@ -118,10 +143,31 @@ def bootstrap(
         Values, and the ends of their percentile bootstrap intervals: NaN at points where a draw is
         not finite; the ends also if any stratum has a single draw, whose spread is not known.
     """
+    return resample(strata, statistic, resamples, seed).interval
+
+
+def resample(
+    strata: Sequence[Float[np.ndarray, "_ point"]],
+    statistic: Callable[..., Any],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Resampled:
+    """Do as `bootstrap` does, and keep the number of each resample.
+
+    Args:
+        strata: Draws of each stratum.
+        statistic: Takes each stratum's draws as an argument, and `axis`, the draws' axis.
+        resamples: How often each stratum's draws are drawn anew.
+        seed: Seed of these draws.
+
+    Returns:
+        Values, their intervals, and the numbers of the resamples.
+    """
     finite = np.logical_and.reduce([np.isfinite(draws).all(0) for draws in strata])
     # SciPy warns of what is not finite
     known = [np.where(finite, draws, 0.0) for draws in strata]
     value, low, high = (np.full(finite.shape, np.nan) for _ in range(3))
+    drawn = np.full((*finite.shape, resamples), np.nan)
     value[finite] = statistic(*known, axis=0)[finite]
     if min(map(len, strata)) > 1 and finite.any():
         found = stats.bootstrap(
@@ -133,9 +179,11 @@ def bootstrap(
             batch=max(1, _BATCH // sum(draws.size for draws in known)),
             method="percentile",
             rng=np.random.default_rng(seed),
-        ).confidence_interval
-        low[finite], high[finite] = np.asarray(found.low)[finite], np.asarray(found.high)[finite]
-    return value, low, high
+        )
+        ends = found.confidence_interval
+        low[finite], high[finite] = np.asarray(ends.low)[finite], np.asarray(ends.high)[finite]
+        drawn[finite] = found.bootstrap_distribution[finite]
+    return Resampled((value, low, high), drawn)
 
 
 def at_equal_frames(

@@ -49,8 +49,12 @@ class Line:
         Returns:
             The line.
         """
-        values, low, high = zip(*estimates, strict=True)
-        return cls(name=name, values=values, low=low, high=high)
+        return cls(
+            name=name,
+            values=[x.value for x in estimates],
+            low=[x.low for x in estimates],
+            high=[x.high for x in estimates],
+        )
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,8 @@ def ticks_for(estimates: Sequence[Estimate]) -> tuple[float, ...]:
     >>> ticks_for([Estimate(0.3, 0.1, 0.7)])
     (0.0, 0.2, 0.4, 0.6, 0.8)
     """
-    finite = [x for estimate in estimates for x in estimate if math.isfinite(x)]
+    numbers = (x for estimate in estimates for x in estimate.numbers().values())
+    finite = [x for x in numbers if math.isfinite(x)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     rough = (high - low or 1.0) / 4
     power = 10.0 ** math.floor(math.log10(rough))

@@ -172,7 +172,7 @@ def read(runs: Sequence[Run]) -> Findings:
     table = estimates(found, _BY, _FIGURES)
     exponents = pd.DataFrame([
         {"method": method, "figure": f"exponent of {cost}", "seeds": len(values)}
-        | (number := estimate(values))._asdict()
+        | (number := estimate(values)).numbers()
         | {"text": number.text(".2f")}
         for cost in _COSTS
         for method, values in slopes(found, cost, of_logarithm=True).items()

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from analyses.aggregate import across_seeds, difference_across_seeds
+from analyses.aggregate import Resampled, difference_of, interquartile_mean_of, resample
 from analyses.studies.verdict import Estimate
 from gradlab.run import Run
 
@@ -113,8 +113,9 @@ def estimate(values: Sequence[float]) -> Estimate:
         The estimate, without an interval for fewer than `FEWEST` seeds.
     """
     if not len(values):
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    return _as_estimate(across_seeds(_column(values)), len(values))
+        return Estimate.unknown()
+    found = resample([_column(values)], interquartile_mean_of)
+    return _as_estimate(found, len(values))
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
@@ -128,8 +129,8 @@ def difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
         First less second, without an interval if a group has fewer than `FEWEST` seeds.
     """
     if not len(values) or not len(others):
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    found = difference_across_seeds(_column(values), _column(others))
+        return Estimate.unknown()
+    found = resample([_column(values), _column(others)], difference_of)
     return _as_estimate(found, min(len(values), len(others)))
 
 
@@ -137,10 +138,11 @@ def _column(values: Sequence[float]) -> np.ndarray:
     return np.asarray(values, dtype=float)[:, None]
 
 
-def _as_estimate(found: tuple[np.ndarray, np.ndarray, np.ndarray], seeds: int) -> Estimate:
-    value, low, high = (float(array[0]) for array in found)
-    unknown = float("nan")
-    return Estimate(value, low, high) if seeds >= FEWEST else Estimate(value, unknown, unknown)
+def _as_estimate(found: Resampled, seeds: int) -> Estimate:
+    value, low, high = (float(array[0]) for array in found.interval)
+    if seeds < FEWEST:
+        return Estimate(value, float("nan"), float("nan"))
+    return Estimate(value, low, high, found.drawn[0])
 
 
 def select(found: pd.DataFrame, figure: str, **where: object) -> list[float]:
@@ -177,7 +179,7 @@ def estimates(found: pd.DataFrame, by: Sequence[str], figures: Mapping[str, str]
             number = estimate(values)
             rows.append(
                 labels
-                | {"figure": figure, "seeds": len(values), **number._asdict()}
+                | {"figure": figure, "seeds": len(values), **number.numbers()}
                 | {"text": number.text(form)}
             )
     return pd.DataFrame(rows)

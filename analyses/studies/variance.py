@@ -118,7 +118,7 @@ def _verdicts(found: pd.DataFrame) -> list[Verdict]:
     for method in ("hypermarl-linear", "hypermarl"):
         of_code = {name: _orders(found, name, _REFERENCE, method) for name in environments}
         beyond = {
-            name: Estimate(*(x - _size_orders(found, name, method, _REFERENCE) for x in estimate))
+            name: estimate.less(_size_orders(found, name, method, _REFERENCE))
             for name, estimate in of_code.items()
         }
         verdicts += [

@@ -2,18 +2,78 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 Outcome = Literal["supported", "not supported", "undecided"]
 
+ERROR = 0.05
+"""Share of claims that are true at a bound and yet called not supported, if intervals hold."""
 
-class Estimate(NamedTuple):
-    """A number, and the ends of its 95 % interval, NaN if it has none."""
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval.
+
+    Attributes:
+        value: The number.
+        low: The interval's lower end, NaN if it has none.
+        high: Its upper end.
+        drawn: The number of each bootstrap resample, if it has an interval that comes from some.
+    """
 
     value: float
     low: float
     high: float
+    drawn: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def unknown(cls) -> "Estimate":
+        """Make one of which nothing is known.
+
+        Returns:
+            NaN without an interval.
+        """
+        return cls(math.nan, math.nan, math.nan)
+
+    def numbers(self) -> dict[str, float]:
+        """Name its numbers, for a table.
+
+        Returns:
+            value, low and high.
+        """
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+    def less(self, number: float) -> "Estimate":
+        """Take away a number that is known without error.
+
+        Args:
+            number: The number.
+
+        Returns:
+            The difference and its interval.
+        """
+        drawn = None if self.drawn is None else self.drawn - number
+        return Estimate(self.value - number, self.low - number, self.high - number, drawn)
+
+    def among(self, several: int) -> tuple[float, float]:
+        """Widen the interval so that all of several numbers' hold in 95 % of cases (Bonferroni).
+
+        Args:
+            several: How many numbers there are.
+
+        Returns:
+            The ends of its percentile interval at a level of 1 - 0.05 / several; of the one that it
+            has if it comes from no resamples, or is the only number.
+        """
+        if several == 1 or self.drawn is None:
+            return self.low, self.high
+        tail = ERROR / several / 2
+        low, high = np.quantile(self.drawn, (tail, 1 - tail))
+        return float(low), float(high)
 
     def text(self, form: str = ".3f") -> str:
         """Write it down.
@@ -71,8 +131,10 @@ def judge(
         form: How to write the numbers.
 
     Returns:
-        Supported if every interval lies within the bounds, not supported if one lies outside,
-        else undecided, as it is without any number or interval, or if an interval ends at a bound.
+        Supported if every 95 % interval lies within the bounds: if the claim is wrong of one
+        number, that one has to err. Not supported if one lies outside of them at a level of
+        1 - 0.05 / m, of m numbers with an interval: any of them may err. Else undecided, as it is
+        without any number or interval, or if an interval ends at a bound.
 
     >>> print(judge("a is more than b", {"a - b": Estimate(2.0, 1.0, 3.0)}, above=0))
     **supported**: a is more than b (a - b: 2.000 (1.000 to 3.000))
@@ -80,7 +142,8 @@ def judge(
     'undecided'
     """
     within = [above < x.low and x.high < below for x in estimates.values()]
-    outside = [x.high < above or x.low > below for x in estimates.values()]
+    known = [x for x in estimates.values() if math.isfinite(x.low) and math.isfinite(x.high)]
+    outside = [high < above or low > below for low, high in (x.among(len(known)) for x in known)]
     outcome: Outcome = "undecided"
     if any(outside):
         outcome = "not supported"

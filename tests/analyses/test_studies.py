@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from analyses.aggregate import across_seeds
+from analyses.aggregate import across_seeds, difference_of, resample
 from analyses.studies import STUDIES, Study, run_study
 from analyses.studies.adaptability import report as report_adaptability
 from analyses.studies.adaptability import row_of as row_of_adaptability
@@ -260,12 +260,12 @@ def test_estimates_take_enough_seeds_and_resample_seeds():
     few = estimate(values[: FEWEST - 1])
     assert few.value == 1.5
     assert np.isnan([few.low, few.high]).all()
-    assert np.isnan(estimate([])).all()
+    assert np.isnan(list(estimate([]).numbers().values())).all()
     gap = difference([value + 5 for value in values], values)
     assert gap.value == 5.0
     assert gap.low < 5.0 < gap.high
     assert np.isnan(difference(values, values[:2]).low)
-    assert np.isnan(difference(values, [])).all()
+    assert np.isnan(list(difference(values, []).numbers().values())).all()
 
 
 @pytest.mark.parametrize(
@@ -285,6 +285,36 @@ def test_verdict_follows_from_intervals(intervals, outcome):
     assert judge("more than nothing", numbers, above=0).outcome == outcome
     turned = {n: Estimate(-x.value, -x.high, -x.low) for n, x in numbers.items()}
     assert judge("less than nothing", turned, below=0).outcome == outcome
+
+
+def test_interval_among_several_numbers_is_a_wider_quantile_of_the_same_resamples():
+    found = estimate(np.random.default_rng(0).normal(size=20).tolist())
+    assert found.among(1) == (found.low, found.high)
+    assert np.quantile(found.drawn, (0.025, 0.975)) == pytest.approx((found.low, found.high))
+    assert found.among(10) == pytest.approx(np.quantile(found.drawn, (0.0025, 0.9975)))
+    assert found.among(10)[0] < found.low
+    moved = found.less(3.0)
+    assert moved.among(10) == pytest.approx([end - 3 for end in found.among(10)])
+    assert Estimate(0.0, -1.0, 1.0).among(10) == (-1.0, 1.0)  # there is nothing to widen it by
+
+
+def test_one_of_several_equal_methods_seldom_speaks_against_a_claim():
+    random, several, trials = np.random.default_rng(0), 6, 100
+    groups = random.normal(size=(2, 10, trials * several))  # group, seed, number
+    found = resample(list(groups), difference_of)
+    gaps = [
+        Estimate(*(float(array[n]) for array in found.interval), found.drawn[n])
+        for n in range(trials * several)
+    ]
+    claims = [dict(enumerate(gaps[n : n + several])) for n in range(0, len(gaps), several)]
+    against = [judge("more", claim, above=0).outcome == "not supported" for claim in claims]
+    alone = [any(gap.high < 0 for gap in claim.values()) for claim in claims]
+    # at most 5 %, within three standard errors
+    assert np.mean(against) <= 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
+    assert np.mean(alone) > 0.05 > np.mean(against)
+    values = random.normal(size=10)
+    opposite = claims[0] | {several: difference(values.tolist(), (values + 5).tolist())}
+    assert judge("more", opposite, above=0).outcome == "not supported"
 
 
 def test_variance_study_counts_the_parameters_that_the_measure_is_over(tmp_path):
@@ -438,7 +468,8 @@ def test_mechanism_study_follows_coupling_and_surgery():
     assert set(outcomes) - {*supported, lost} == {  # nothing was trained with them there
         f"{ALIKE}: conflict taken away by {name}, fups-id earns more" for name in SURGERIES
     }
-    assert trend(found, "reward", APART, most=MOST) == pytest.approx((-1, -1, -1))
+    exact = trend(found, "reward", APART, most=MOST)
+    assert (exact.value, exact.low, exact.high) == pytest.approx((-1, -1, -1))
     assert trend(found, "reward", APART).value > -0.9
     ElementTree.fromstring(findings.figures["mechanism"])
 
