@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ from scipy import stats
 from analyses.performance import task_of
 from analyses.studies.across_tasks import across_tasks
 from analyses.studies.chart import Line, Panel, chart
+from analyses.studies.published import as_published
 from analyses.studies.seeds import (
     difference,
     estimate,
@@ -42,6 +43,7 @@ _FIGURES = {
     "coordinate variance": ".2e",
 }
 _BY = ("game", "agents", "method")
+_MORE_CONFLICT = "there is more conflict in the trained parameters of fups-id than of hypermarl"
 
 
 def _sweep(
@@ -49,14 +51,15 @@ def _sweep(
     agents: Sequence[int],
     *,
     seeds: int,
-    frames: int,
     every: int,
     settings: Mapping[str, Any] = MappingProxyType({}),
+    of: Literal["env", "preset"] = "env",
 ) -> dict[str, Any]:
+    """A sweep of games, by gradlab's default settings or by the presets of the same names."""
     return {
-        "settings": {"frames": frames, "diagnostics": "full", "every": every, **settings},
+        "settings": {**settings, "diagnostics": "full", "every": every},
         "grid": {
-            "env": list(games),
+            of: list(games),
             "agents": list(agents),
             "method": list(METHODS),
             "seed": list(range(seeds)),
@@ -126,7 +129,7 @@ def read(runs: Sequence[Run]) -> Findings:
             "specialisation-reward": _figure(table, _REWARD, with_levels=True),
             "specialisation-conflict": _figure(table, _CONFLICT, with_levels=False),
         },
-        sections=[_across_tasks(runs)],
+        sections=[as_published(found, levels), _across_tasks(runs)],
     )
 
 
@@ -196,13 +199,20 @@ def _verdicts(found: pd.DataFrame) -> list[Verdict]:
                 rewards("specialisation", *METHODS[1:]),
                 above=LEARNED,
             ),
+            judge(
+                f"specialisation: {_MORE_CONFLICT}",
+                gaps("specialisation", _CONFLICT, "fups-id", "hypermarl"),
+                above=0,
+                form="+.3f",
+            ),
         ]
     verdicts += [
         judge(
-            f"{game}: fups reaches {LEARNED:.0%} of the optimum",
-            rewards(game, "fups"),
+            f"{game}: {method} reaches {LEARNED:.0%} of the optimum",
+            rewards(game, method),
             above=LEARNED,
         )
+        for method in ("fups", "hypermarl")
         for game in games
         if game.startswith("synchronisation")
     ]
@@ -229,16 +239,13 @@ def _verdicts(found: pd.DataFrame) -> list[Verdict]:
                     "that the policy sees the observation beside the ID raises conflict in the "
                     "trained parameters",
                 ),
-                (
-                    "hypermarl",
-                    "there is more conflict in the trained parameters of fups-id than of hypermarl",
-                ),
+                ("hypermarl", _MORE_CONFLICT),
             )
         ]
     return verdicts
 
 
-_BRISK = {"copies": 16, "steps": 32, "ppo": {"learning_rate": 1e-3}}
+_BRISK = {"frames": 40_960, "copies": 16, "steps": 32, "ppo": {"learning_rate": 1e-3}}
 """Settings that learn from few frames: short rollouts, long steps."""
 
 SPECIALISATION = Study(
@@ -250,11 +257,11 @@ SPECIALISATION = Study(
             ("specialisation", "specialisation-temporal", "synchronisation-temporal"),
             (4,),
             seeds=5,
-            frames=60_000,
             every=6,
+            settings={"frames": 60_000},
         ),
-        "standard": _sweep(NAMES, (2, 4, 8, 16), seeds=5, frames=40_960, every=20, settings=_BRISK),
-        "full": _sweep(NAMES, (2, 4, 8, 16), seeds=30, frames=1_000_000, every=20),
+        "standard": _sweep(NAMES, (2, 4, 8, 16), seeds=5, every=20, settings=_BRISK),
+        "full": _sweep(NAMES, (2, 4, 8, 16), seeds=30, every=20, of="preset"),
     },
     about="Interquartile means over seeds with 95 % percentile bootstrap intervals (none for "
     "fewer than 5 seeds). Reward: per step and agent, actions drawn, mean over the last tenth of "
@@ -265,11 +272,13 @@ SPECIALISATION = Study(
     "that agents share can turn; mean plug-in norm of g_i; squared length of Z_i over its "
     "variance, without bias, ratio of means over updates and agents; coordinate variance, what "
     "the paper's code calls gradient variance (docs/variance.md).\n\nNot as in the paper: trained "
-    "by PPO with a learned baseline and gradlab's default settings, all methods with the same "
-    "policy network (64, 64), while the official trainer uses REINFORCE, gives nops 64/N hidden "
-    "units, computes returns over the rewards of all agents interleaved, consumes a queue that "
-    "lags behind, and multiplies each sample's weights with all samples' states for HyperMARL; "
-    "evaluates greedily, where fups in the Specialisation game earns 1/N instead of chance; and "
-    "returns the mean cosine with its sign turned.",
+    "by PPO with a learned baseline, and but for `--budget full` by gradlab's default settings, "
+    "all methods with the same policy network (64, 64), while the official trainer uses REINFORCE, "
+    "one hidden layer of 64 units, and gives nops 64/N. `--budget full` has the presets' settings "
+    "(docs/presets.md), which are the paper's where they are known: these networks, one pass in "
+    "one minibatch, lambda 1. The official trainer also computes returns over the rewards of all "
+    "agents interleaved, consumes a queue that lags behind, and multiplies each sample's weights "
+    "with all samples' states for HyperMARL; evaluates greedily, where fups in the Specialisation "
+    "game earns 1/N instead of chance; and returns the mean cosine with its sign turned.",
     read=read,
 )

@@ -21,6 +21,7 @@ from analyses.studies.embeddings import EMBEDDINGS, PAIRS, arrange, goals_of
 from analyses.studies.mechanism import ALIKE, APART, COSINES, MOST, SURGERIES, set_to, trend
 from analyses.studies.mechanism import report as report_mechanism
 from analyses.studies.mechanism import row_of as row_of_mechanism
+from analyses.studies.published import as_published
 from analyses.studies.relabelling import gaps
 from analyses.studies.seeds import FEWEST, difference, estimate, over_training
 from analyses.studies.size import trained_parameters
@@ -236,6 +237,57 @@ def test_every_budget_is_a_sweep_of_equal_seeds(name, budget):
         seeds.setdefault(key, []).append(run.config.seed)
     assert len({tuple(found) for found in seeds.values()}) == 1
     assert all(len(found) >= FEWEST for found in seeds.values())
+
+
+def test_published_rewards_stand_beside_those_of_the_same_runs():
+    rows = [
+        {"game": "specialisation-temporal", "agents": agents, "method": method, "seed": seed}
+        | {"reward": reward + seed / 1000}
+        for agents, method, reward in (
+            (2, "nops", 0.9),
+            (16, "hypermarl", 0.5),
+            (4, "fups-id-nostate", 0.598),
+            (4, "hypermarl-linear", 0.9),  # not published
+            (3, "nops", 0.9),
+        )
+        for seed in range(5)
+    ]
+    section = as_published(pd.DataFrame(rows), levels)
+    shown = section.shown.set_index(["agents", "method"])
+    assert len(shown) == 3
+    assert shown.loc[(2, "nops"), ["where", "published", "chance", "all the same"]].tolist() == [
+        "Table 1",
+        "0.88",
+        "0.750",
+        "0.500",
+    ]
+    gaps = shown["here less published"]
+    assert gaps[2, "nops"].startswith("+0.022 (")
+    assert gaps[2, "nops"].endswith(", higher")
+    assert gaps[16, "hypermarl"].endswith(", lower")
+    assert gaps[4, "fups-id-nostate"].endswith(")")  # its interval holds 0
+    assert shown["published"][16, "hypermarl"] == "0.568 (0.555 to 0.583)"
+    table = section.tables["specialisation-published"].set_index(["agents", "method"])
+    assert table["less value"][2, "nops"] == pytest.approx(0.022)
+    one_shot = pd.DataFrame(rows).assign(game="specialisation")
+    assert as_published(one_shot, levels).shown is None
+
+
+@pytest.mark.parametrize("agents", [2, 4, 8, 16])
+def test_full_budget_of_the_games_is_the_paper_s_settings(agents):
+    document = SPECIALISATION.budgets["full"]
+    grid = document["grid"]
+    assert grid["preset"] == list(NAMES)
+    assert (grid["agents"], len(grid["seed"])) == ([2, 4, 8, 16], 30)
+    one = document | {"grid": grid | {"agents": [agents], "seed": [0]}}
+    for run in plan_runs(one):
+        config = run.config
+        own = config.method == "nops"
+        assert config.network.hidden == (64 // agents if own else 64,)
+        assert config.hypernetwork.embedding_size == 64 // agents
+        preset = with_preset({"preset": config.env, "agents": agents, "method": config.method})
+        assert config.frames == preset["frames"]
+        assert config.ppo.gae_lambda == 1.0
 
 
 @pytest.mark.parametrize("game", NAMES)
