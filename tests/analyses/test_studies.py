@@ -18,7 +18,16 @@ from analyses.studies.adaptability import row_of as row_of_adaptability
 from analyses.studies.chart import Cloud, scatter
 from analyses.studies.decoupling import DECOUPLING
 from analyses.studies.embeddings import EMBEDDINGS, PAIRS, arrange, goals_of
-from analyses.studies.mechanism import ALIKE, APART, COSINES, MOST, SURGERIES, set_to, trend
+from analyses.studies.mechanism import (
+    ALIKE,
+    APART,
+    COSINES,
+    LEAST,
+    MOST,
+    SURGERIES,
+    set_to,
+    trend,
+)
 from analyses.studies.mechanism import report as report_mechanism
 from analyses.studies.mechanism import row_of as row_of_mechanism
 from analyses.studies.published import as_published
@@ -485,7 +494,8 @@ def test_mechanism_study_reads_what_steps_do_to_others(tmp_path, settings, name)
     assert row["reward"] == pytest.approx(0.6)
     assert row["reward over training"] == pytest.approx(0.4)
     assert row["measured coupling"] == pytest.approx(0.75)
-    assert row["passed on"] == pytest.approx(-0.15)  # of means over updates
+    assert row["change of own loss"] == pytest.approx(-2.0)
+    assert row["change of others' losses"] == pytest.approx(0.3)
     assert row["cosine of g"] == pytest.approx(0.2)
     assert np.isnan(row["cosine of Z"])
     assert row["conflict rate of g"] == 0.5
@@ -494,8 +504,9 @@ def test_mechanism_study_reads_what_steps_do_to_others(tmp_path, settings, name)
 def test_mechanism_study_follows_coupling_and_surgery():
     rows = []
 
-    def add(game, sharing, seed, reward, passed=0.0):
-        known = {"reward": reward, "reward over training": reward - 0.1, "passed on": passed}
+    def add(game, sharing, seed, reward, others=0.0):
+        known = {"reward": reward, "reward over training": reward - 0.1}
+        known |= {"change of own loss": -0.1, "change of others' losses": others}
         unread = dict.fromkeys(
             ("measured coupling", "cosine of Z", "cosine of g", "conflict rate of g"), 0.0
         )
@@ -506,8 +517,10 @@ def test_mechanism_study_follows_coupling_and_surgery():
         for cosine in COSINES:
             # at 1 agents of the first game can't differ, which is not about their gradients
             apart = 0.9 - 0.5 * cosine if cosine <= MOST else 2.0
-            add(APART, set_to(cosine), seed, apart - noise, -0.4 * cosine)
-            add(ALIKE, set_to(cosine), seed, 0.4 + 0.5 * cosine, 0.7 * cosine)
+            # 0 at coupling 0 is no finding: it would be the greatest harm, and the greatest good
+            harm, good = (0.4 * cosine - 1, 1 - 0.7 * cosine) if cosine else (0.0, 0.0)
+            add(APART, set_to(cosine), seed, apart - noise, harm)
+            add(ALIKE, set_to(cosine), seed, 0.4 + 0.5 * cosine, good)
         for name, reward in (("fups-id", 0.7), ("fups-id+pcgrad", 0.9), ("fups-id+upgrad", 0.6)):
             add(APART, name, seed, reward + noise)
     found = pd.DataFrame(rows)
@@ -523,6 +536,10 @@ def test_mechanism_study_follows_coupling_and_surgery():
     exact = trend(found, "reward", APART, most=MOST)
     assert (exact.value, exact.low, exact.high) == pytest.approx((-1, -1, -1))
     assert trend(found, "reward", APART).value > -0.9
+    changes = "change of others' losses"
+    assert trend(found, changes, APART, least=LEAST, most=MOST).value == pytest.approx(1)
+    assert trend(found, changes, ALIKE, least=LEAST).value == pytest.approx(-1)
+    assert trend(found, changes, ALIKE).value > -0.5
     ElementTree.fromstring(findings.figures["mechanism"])
 
 
