@@ -330,7 +330,11 @@ SCALING = Study(
     "(docs/coupling.md), mean over pairs and the updates at which it was recorded. Reward: per "
     "step and agent.\n\nNot as in the paper: it counts parameters of 4 to 1024 agents, and times "
     "forward passes of a recurrent policy of 4 to 512 on a GPU; here whole updates are timed, on "
-    "a CPU, all agents' networks at once in every method. Runs are too short to learn the game "
-    "with many agents: conflict is that of the beginning.",
+    "a CPU, all agents' networks at once in every method. All runs have the same number of frames, "
+    "in which few agents may learn the game and many not, nor all methods alike: where the reward "
+    "at the end is near 1 it was learned, and where it is near chance it was not. So sizes and "
+    "methods are compared at different stages of learning: conflict and mean cosine, means over "
+    "the updates, are of all of it where the game was learned, the time after that included, and "
+    "of its beginning alone where it was not.",
     read=read,
 )
