@@ -19,6 +19,7 @@ from gradlab.checks import UsageError
 from gradlab.cli import run as main
 from gradlab.run import open_run, open_runs
 from trainers.checkpoints import FOLDER, newest_update
+from trainers.envs import FAMILIES
 from trainers.sweeps import (
     Engine,
     LocalEngine,
@@ -124,7 +125,21 @@ BAD = {
         "settings: {ppo.epochs: 1, ppo: {epochs: 2}}\ngrid: {seed: [0]}",
         "line 1, column 27: `ppo.epochs` is given twice",
     ),
-    "number": ("grid: {3: [0]}", "a setting's name must be text. Got 3"),
+    "scenario": (
+        "grid:\n  env: [specialisation, vmas/navigatoin]",
+        "line 2, column 3: Unknown environment 'vmas/navigatoin'. Did you mean 'vmas/navigation'?",
+    ),
+    "group": ("grid:\n  env: [bps/5]", "line 2, column 3: Unknown environment 'bps/5'."),
+    "robot": ("grid:\n  env: [mamujoco/ants-4x2]", "line 2, column 3: Unknown MAMuJoCo robot"),
+    "segments": (
+        "grid:\n  env: [mamujoco/manyagent_ant-1x1]",
+        "line 2, column 3: Unknown partition of manyagent_ant '1x1'",
+    ),
+    "number": (
+        "grid:\n  seed: [0]\n  3: [0]",
+        "line 3, column 3: a setting's name must be text. Got 3",
+    ),
+    "number_twice": ("grid:\n  3: [0]\n  0x3: [0]", "line 3, column 3: '0x3' is given twice"),
     "run": ("runs: [1]", "line 1, column 8: run 1 must hold settings by name. Got 1"),
     "yaml": ("grid: {seed: [0", "is not YAML: while parsing"),
     "itself": ("grid: &a {seed: [*a]}", "holds an anchor that stands for itself"),
@@ -163,6 +178,17 @@ def test_bad_options_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, op
     (tmp_path / "s.yaml").write_text("grid: {seed: [0]}")
     assert main(["sweep", "s.yaml", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_environments_that_no_list_tells_are_left_to_their_training():
+    for env in ("pettingzoo/no.module", "my.module:make", "mamujoco/manyagent_swimmer-4x3"):
+        assert plan_runs({"grid": {"env": [env]}})[0].config.env == env
+
+
+def test_names_of_a_family_that_is_not_installed_are_let_through(monkeypatch):
+    missing = FAMILIES["smax"]._replace(names=list)
+    monkeypatch.setitem(FAMILIES, "smax", missing)
+    assert plan_runs({"grid": {"env": ["smax/no_map"]}})
 
 
 def test_run_killed_in_a_sweep_ends_to_the_same_bits_and_one_that_fails_holds_nothing_up(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from gradlab.checks import check, unknown_name
 from trainers.envs.blind_spread import GROUPS, BlindSpread
-from trainers.envs.mamujoco import MujocoEnv, mamujoco_names
+from trainers.envs.mamujoco import MujocoEnv, find_partition, mamujoco_names
 from trainers.envs.matrix_games import NAMES, MatrixGame
 from trainers.envs.own import SEPARATOR, make_own
 from trainers.envs.pettingzoo import make_pettingzoo, module_names
@@ -27,20 +27,33 @@ class Family(NamedTuple):
         packages: Distributions that its environments are from.
         splits: Whether some copies alone can be what they are among all, which an argument `share`
             then asks for.
+        accepts: Raises UsageError for what no environment is called; by default what `names` does
+            not list.
     """
 
     names: Callable[[], Iterable[str]]
     make: Callable[..., VectorEnv]
     packages: tuple[str, ...]
     splits: bool = True
+    accepts: Callable[[str], object] | None = None
 
 
 FAMILIES = {
     "smax": Family(map_names, SmaxEnv, ("jaxmarl", "jax")),
     "vmas": Family(scenario_files, VmasEnv, ("vmas",)),
     "bps": Family(lambda: GROUPS, BlindSpread, (), splits=False),
-    "pettingzoo": Family(module_names, make_pettingzoo, ("pettingzoo", "gymnasium", "mpe2")),
-    "mamujoco": Family(mamujoco_names, MujocoEnv, ("gymnasium-robotics", "mujoco")),
+    "pettingzoo": Family(
+        module_names,
+        make_pettingzoo,
+        ("pettingzoo", "gymnasium", "mpe2"),
+        accepts=lambda _: None,  # any module, which only importing it would tell
+    ),
+    "mamujoco": Family(
+        mamujoco_names,
+        MujocoEnv,
+        ("gymnasium-robotics", "mujoco"),
+        accepts=find_partition,  # some robots have more than can be listed
+    ),
 }
 """By what their names begin with, before the slash."""
 
@@ -55,6 +68,30 @@ def environment_names() -> list[str]:
         *NAMES,
         *(f"{prefix}/{name}" for prefix, family in FAMILIES.items() for name in family.names()),
     ]
+
+
+def check_name(name: str) -> None:
+    """Raise for a name by which no environment can be made, as far as is known without any import.
+
+    What only the environment itself would refuse is let through: a module of PettingZoo's or one's
+    own, and names of a family whose packages are not installed.
+
+    Args:
+        name: An environment's name, as `make_env` takes it.
+
+    Raises:
+        UsageError: If there is none of that name.
+    """
+    prefix, slash, own = name.partition("/")
+    if not slash or prefix not in FAMILIES:
+        if name not in NAMES and SEPARATOR not in name:
+            raise unknown_name("environment", name, environment_names())
+        return
+    family = FAMILIES[prefix]
+    if family.accepts:
+        family.accepts(own)
+    elif (known := list(family.names())) and own not in known:
+        raise unknown_name("environment", name, [f"{prefix}/{other}" for other in known])
 
 
 def packages_of(name: str) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ class MujocoEnv(VectorEnv):
         share: Share | None = None,
     ) -> None:
         require("mamujoco", *_MODULES)
-        robot, conf, joints_apart = _partition(name)
+        robot, conf, joints_apart = find_partition(name)
         own = {**_DEFAULTS, **{key: args[key] for key in args if key in _DEFAULTS}}
         _check_arguments(own)
         self.copies = copies
@@ -301,11 +301,18 @@ def copy_seed(seed: int, copy: int) -> int:
     return int(np.random.SeedSequence((seed, copy)).generate_state(1)[0])
 
 
-def _partition(name: str) -> tuple[Robot, str | None, bool]:
+def find_partition(name: str) -> tuple[Robot, str | None, bool]:
     """Find what a name means.
 
-    Returns the robot; the partition that gymnasium-robotics knows, None for a single agent; and
-    whether each joint of that is an agent of its own.
+    Args:
+        name: A robot's name, a hyphen and a partition.
+
+    Returns:
+        The robot; the partition that gymnasium-robotics knows, None for a single agent; and whether
+        each joint of that is an agent of its own.
+
+    Raises:
+        UsageError: If there is no such robot or partition.
     """
     robot_name, _, partition = name.partition("-")
     if robot_name not in ROBOTS:

@@ -24,7 +24,7 @@ def read_sweep(file: Path) -> tuple[dict[str, Any], plan.Place]:
         UsageError: If it can't be read, is not YAML, says something twice, or holds no settings.
     """
     document, root = read_document(file)
-    marks = {} if root is None else dict(_marks(root, (), file))
+    marks = {} if root is None else dict(_marks(root, (), file, yaml.SafeLoader("")))
     if not isinstance(document, dict):
         raise UsageError(
             f"{file} must hold {', '.join(plan.PARTS)} by name. Got {type(document).__name__}."
@@ -42,21 +42,24 @@ def _place(file: Path, mark: yaml.Mark) -> str:
     return f"{file}, line {mark.line + 1}, column {mark.column + 1}: "
 
 
-def _marks(node: yaml.Node, path: plan.Keys, file: Path) -> Iterator[tuple[plan.Keys, yaml.Mark]]:
+def _marks(
+    node: yaml.Node, path: plan.Keys, file: Path, loader: yaml.SafeLoader
+) -> Iterator[tuple[plan.Keys, yaml.Mark]]:
     """Where keys, and the entries of lists, begin."""
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue  # no setting's name
-            if key.value in seen:
+            name = loader.construct_object(key)  # as the document has it: 1 and 0x1 are one key
+            if name in seen:
                 raise UsageError(
                     f"{_place(file, key.start_mark)}{key.value!r} is given twice. Leave one out."
                 )
-            seen.add(key.value)
-            yield (*path, key.value), key.start_mark
-            yield from _marks(value, (*path, key.value), file)
+            seen.add(name)
+            yield (*path, name), key.start_mark
+            yield from _marks(value, (*path, name), file, loader)
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             yield (*path, number), value.start_mark
-            yield from _marks(value, (*path, number), file)
+            yield from _marks(value, (*path, number), file, loader)

@@ -12,9 +12,7 @@ from typing import Any
 
 from gradlab.checks import UsageError, unknown_name
 from trainers.config import TrainConfig
-from trainers.envs import FAMILIES, environment_names
-from trainers.envs.matrix_games import NAMES
-from trainers.envs.own import SEPARATOR
+from trainers.envs import check_name
 from trainers.generators import METHODS
 from trainers.presets import SETTING, merged, with_preset
 from trainers.settings import BadSetting, make_config
@@ -95,7 +93,8 @@ def plan_runs(document: Mapping[str, Any], place: Place = lambda _: "") -> list[
         raise UsageError(
             f"{place(())}a sweep must have a `grid` with lists of values, or `runs`. Got none."
         )
-    configs = [_config(row, origin, place) for row, origin in rows]
+    checked: set[str] = set()
+    configs = [_config(row, origin, place, checked) for row, origin in rows]
     found: dict[str, tuple[_Row, Keys]] = {}
     for (row, origin), config in zip(rows, configs, strict=True):
         same = found.setdefault(training_key(config), (row, origin))
@@ -170,8 +169,8 @@ def _named_part(path: Keys) -> str:
     return f"run {last + 1}" if isinstance(last, int) else f"`{last}`"
 
 
-def _config(row: _Row, origin: Keys, place: Place) -> TrainConfig:
-    """The checked configuration of one run."""
+def _config(row: _Row, origin: Keys, place: Place, checked: set[str]) -> TrainConfig:
+    """The checked configuration of one run; `checked` are environments that are known to be."""
 
     def bad(setting: str, message: object) -> UsageError:
         while setting and setting not in row:
@@ -198,10 +197,12 @@ def _config(row: _Row, origin: Keys, place: Place) -> TrainConfig:
         method = getattr(getattr(config, section) if section else config, name)
         if method is not None and method not in METHODS:
             raise bad(setting, unknown_name("method", method, METHODS))
-    family, slash, _ = config.env.partition("/")
-    known = config.env in NAMES or (slash and family in FAMILIES) or SEPARATOR in config.env
-    if not known:
-        raise bad("env", unknown_name("environment", config.env, environment_names()))
+    if config.env not in checked:  # once, as names are read off the families' source files
+        try:
+            check_name(config.env)
+        except UsageError as error:
+            raise bad("env", error) from None
+        checked.add(config.env)
     return config
 
 
