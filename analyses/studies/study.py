@@ -13,7 +13,7 @@ from gradlab.checks import Failed, check
 from gradlab.run import Run
 from gradlab.run_writer import write_atomically
 from gradlab.versions import versions
-from trainers.sweeps import Sweep, find_sweep, make_engine, plan_runs, run_sweep
+from trainers.sweeps import Sweep, find_sweep, make_engine, make_folder, plan_runs, run_sweep
 
 Progress = Callable[[int, int], None]
 """Told of the parts done and the parts there are."""
@@ -135,25 +135,28 @@ def run_study(
         The report, in Markdown.
 
     Raises:
-        UsageError: If there is no such budget, or a folder holds a run with other settings.
+        UsageError: If there is no such budget, a folder can't be made, or one holds a run with
+            other settings.
         Failed: If no run is done.
     """
     budgets: Mapping[Any, Any] = study.budgets
     check(budget in budgets, "budget", f"be one of {', '.join(budgets)}", budget)
+    report = report_of(study.name, out)
+    folder = report.parent  # made before what takes long, which would be for nothing
+    made_with: list[Mapping[str, str]] | None = None
     if isinstance(study, Simulation):
+        make_folder(folder)
         findings, of_runs = study.draw(budgets[budget], progress), []
         made_with = [versions()]
     else:
         sweep = find_sweep(plan_runs(budgets[budget]), out / RUNS)
+        make_folder(folder)
         train(sweep)
         done = list(sweep.open().values())
         if not done:
             raise Failed(f"no run of the study is done, so there is nothing to report: {out}")
         findings, of_runs = study.read(done), _of_runs(sweep, done, budgets[budget])
         made_with = [run.versions for run in done]
-    report = report_of(study.name, out)
-    folder = report.parent
-    folder.mkdir(parents=True, exist_ok=True)
     parts: list[Findings | Section] = [findings, *findings.sections]
     for part in parts:
         for name, figure in part.figures.items():

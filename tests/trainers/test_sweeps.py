@@ -171,6 +171,7 @@ def test_bad_file_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, case):
         (["--engine", "slurm"], "Unknown engine 'slurm'. Known: local, ray"),
         (["--address", "host:1"], "Add --engine ray"),
         (["--out", "s.yaml"], "s.yaml is a file; a sweep needs a folder"),
+        (["--out", "s.yaml/r"], "s.yaml/r can't be made: Not a directory. Choose another --out."),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, options, message):

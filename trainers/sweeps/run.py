@@ -89,6 +89,23 @@ def find_sweep(runs: Sequence[PlannedRun], out: Path) -> Sweep:
     return Sweep(out=out, runs={run.name: run for run in runs}, folders=folders, states=states)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for what a sweep or a study writes, unless it is there.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        UsageError: If it can't be made, as below a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} can't be made: {error.strerror}. Choose another --out."
+        ) from None
+
+
 def run_sweep(
     sweep: Sweep,
     engine: Engine,
@@ -112,7 +129,7 @@ def run_sweep(
     lives: dict[str, _Life] = {}
     running: set[str] = set()
     stopping = False
-    sweep.out.mkdir(parents=True, exist_ok=True)
+    make_folder(sweep.out)
 
     def enter(name: str, state: State) -> None:
         sweep.states[name] = state
