@@ -147,7 +147,6 @@ def run_study(
     if isinstance(study, Simulation):
         make_folder(folder)
         findings, of_runs = study.draw(budgets[budget], progress), []
-        made_with = [versions()]
     else:
         sweep = find_sweep(plan_runs(budgets[budget]), out / RUNS)
         make_folder(folder)
@@ -163,9 +162,8 @@ def run_study(
             write_atomically(folder / f"{name}.svg", figure.encode())
         for name, table in part.tables.items():
             write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
-    write_atomically(
-        report, _markdown(study, budget, findings, of_runs, _named(made_with)).encode()
-    )
+    text = _markdown(study, budget, findings, of_runs, _made_with(made_with))
+    write_atomically(report, text.encode())
     return report
 
 
@@ -179,7 +177,7 @@ def _markdown(
     lines = [
         f"# {study.question}",
         "",
-        f"Printed by `gradlab study {study.name} --budget {budget}` with {packages}.",
+        f"Printed by `gradlab study {study.name} --budget {budget}` {packages}.",
         "",
         *(f"- {verdict}" for verdict in findings.verdicts),
         "",
@@ -194,14 +192,29 @@ def _markdown(
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _made_with(of_runs: Sequence[Mapping[str, str]] | None) -> str:
+    """With which versions a report is printed, and those that its runs say, if it is of runs."""
+    printed = f"with {_named([versions()])}"
+    if of_runs is None:
+        return printed
+    saying = [packages for packages in of_runs if packages]
+    if not saying:
+        return f"{printed}; its runs do not say with which versions they were made"
+    if len(saying) == len(of_runs):
+        return f"{printed}; its runs were made with {_named(saying)}"
+    return (
+        f"{printed}; {len(saying)} of its {len(of_runs)} runs were made with {_named(saying)}, the "
+        "others do not say"
+    )
+
+
 def _named(made_with: Sequence[Mapping[str, str]]) -> str:
-    """The versions that runs were made with, all of them where they differ."""
+    """Versions by name, in the order of names, all of them where they differ."""
     found: dict[str, dict[str, None]] = {}
     for packages in made_with:
         for name, version in packages.items():
             found.setdefault(name, {})[version] = None
-    named = [f"{name} {' and '.join(several)}" for name, several in found.items()]
-    return ", ".join(named) or "versions that its runs do not say"
+    return ", ".join(f"{name} {' and '.join(found[name])}" for name in sorted(found))
 
 
 def _part(part: Findings | Section, about: str) -> list[str]:

@@ -43,6 +43,7 @@ from gradlab.quantity import Quantity
 from gradlab.registry import Registry
 from gradlab.run import open_run
 from gradlab.run_writer import RunWriter
+from gradlab.versions import versions
 from trainers.agent_policy import load_policy
 from trainers.config import TrainConfig
 from trainers.envs import make_env
@@ -222,6 +223,45 @@ def test_list_names_questions_and_the_reports_that_are_there(tmp_path, monkeypat
     (place,) = (n for n, line in enumerate(lines) if line.startswith("variance: Does HyperMARL"))
     assert lines[place].endswith("Budgets: quick, standard, full.")
     assert lines[place + 1] == f"  report: {report}"
+
+
+@pytest.mark.parametrize("name", ["bias", "specialisation"])
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_folder_that_cant_be_made_is_one_line_and_status_2(
+    tmp_path, monkeypatch, capsys, name, out
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    monkeypatch.setattr("analyses.studies.bias.draw", None)  # nothing is drawn for nothing
+    assert main(["study", name, "--out", out]) == 2
+    found = capsys.readouterr().err
+    assert found == (
+        f"gradlab: error: {out}/report can't be made: Not a directory. Choose another --out.\n"
+    )
+
+
+def test_report_names_its_own_versions_and_those_of_its_runs(tmp_path):
+    seeds = {"method": ["fups"], "seed": [0, 1]}
+    study = small(SPECIALISATION, env=["specialisation"], agents=[2], **seeds)
+
+    def made_with():
+        line = run_study(study, "quick", tmp_path, train=train).read_text().splitlines()[2]
+        return line.removeprefix("Printed by `gradlab study specialisation --budget quick` ")
+
+    own = ", ".join(f"{name} {version}" for name, version in sorted(versions().items()))
+    assert made_with() == f"with {own}; its runs were made with {own}."
+    first, second = (open_run(tmp_path / "runs" / f"seed{seed}").path for seed in (0, 1))
+    said = json.loads((first / "run.json").read_text())
+    (first / "run.json").write_text(json.dumps(said | {"versions": {"torch": "1.0"}}))
+    silent = {key: value for key, value in said.items() if key != "versions"} | {"seed": 1}
+    silent["config"] = silent["config"] | {"seed": 1}
+    (second / "run.json").write_text(json.dumps(silent))
+    some = "1 of its 2 runs were made with torch 1.0, the others do not say."
+    assert made_with() == f"with {own}; {some}"
+    silent["config"] = silent["config"] | {"seed": 0}
+    (first / "run.json").write_text(json.dumps(silent | {"seed": 0}))
+    none = "its runs do not say with which versions they were made."
+    assert made_with() == f"with {own}; {none}"
 
 
 def test_unknown_budget_and_study_are_refused(tmp_path, capsys):
