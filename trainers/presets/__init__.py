@@ -7,8 +7,10 @@ begin with an underscore are nothing else. See docs/presets.md.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -175,9 +177,8 @@ def merged(beneath: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
 
 def _read(stem: str) -> dict[str, Any]:
     """A file's content on top of that of the file it stands on."""
-    text = resources.files(__name__).joinpath(f"{stem}{_SUFFIX}").read_text(encoding="utf-8")
     parts: dict[str, Any] = {"algorithms": [], "differs": [], "settings": {}, "cases": []}
-    parts |= yaml.safe_load(text)
+    parts |= deepcopy(_parsed(stem))
     base = parts.pop("base", None)
     if base is None:
         return parts
@@ -189,3 +190,9 @@ def _read(stem: str) -> dict[str, Any]:
         "settings": merged(under["settings"], parts["settings"]),
         "cases": under["cases"] + parts["cases"],
     }
+
+
+@cache  # a sweep of thousands of runs asks for the same few files
+def _parsed(stem: str) -> Any:  # noqa: ANN401
+    text = resources.files(__name__).joinpath(f"{stem}{_SUFFIX}").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
