@@ -11,6 +11,7 @@ from analyses.studies.study import Section
 from analyses.studies.verdict import Estimate
 
 _PRINTED, _READ_OFF = "Table 1", "Fig. 3a"
+_ROUNDED = 0.005  # by as much a number with two digits may be off
 
 
 class Published(NamedTuple):
@@ -74,7 +75,7 @@ _ABOUT = (
     "that figure, with its intervals. Both were known from a written review of the paper, not from "
     "the paper itself. Here: reward as in the table above. Here less published: its interval takes "
     "the published number as known without error, and has only our seeds in it; higher and lower: "
-    "it does not hold 0.\n\n"
+    "it does not hold 0, nor, of what is printed, anything within its rounding.\n\n"
     "Why numbers differ, as far as it is known. (1) Evaluation: the official code takes each "
     "agent's most probable action, ours are drawn. Where all agents see the same, agents whose "
     "policies are nearly alike choose alike if they are greedy, down to the level *all the same*, "
@@ -129,7 +130,7 @@ def as_published(found: pd.DataFrame, levels: Callable[[str, int], tuple[float, 
                 | {
                     "published": published.text(".2f" if where == _PRINTED else ".3f"),
                     "here": here.text(),
-                    "here less published": f"{gap.text('+.3f')}{_told(gap)}",
+                    "here less published": f"{gap.text('+.3f')}{_told(gap, where)}",
                     "chance": f"{chance:.3f}",
                     "all the same": f"{same:.3f}",
                 }
@@ -148,7 +149,8 @@ def as_published(found: pd.DataFrame, levels: Callable[[str, int], tuple[float, 
     )
 
 
-def _told(gap: Estimate) -> str:
-    if gap.low > 0:
+def _told(gap: Estimate, where: str) -> str:
+    rounded = _ROUNDED if where == _PRINTED else 0.0
+    if gap.low > rounded:
         return ", higher"
-    return ", lower" if gap.high < 0 else ""
+    return ", lower" if gap.high < -rounded else ""
