@@ -198,9 +198,9 @@ def _verdicts(found: pd.DataFrame) -> list[Verdict]:
     if APART in games:
         verdicts.append(
             judge(
-                f"{APART}: the more coupling above 0, where steps do nothing to others by "
-                "construction, the more an agent's step raises the others' losses, among couplings "
-                "at which agents can differ (Spearman)",
+                f"{APART}: the more coupling, the more an agent's step raises the others' losses, "
+                "among couplings at which agents can differ (Spearman; without 0, at which steps "
+                "do nothing to others by construction)",
                 {f"{LEAST:g} to {MOST:g}": trend(found, _OTHERS, APART, least=LEAST, most=MOST)},
                 above=0,
                 form="+.2f",
@@ -209,8 +209,8 @@ def _verdicts(found: pd.DataFrame) -> list[Verdict]:
     if ALIKE in games:
         verdicts.append(
             judge(
-                f"{ALIKE}: the more coupling above 0, where steps do nothing to others by "
-                "construction, the more an agent's step lowers the others' losses (Spearman)",
+                f"{ALIKE}: the more coupling, the more an agent's step lowers the others' losses "
+                "(Spearman; without 0, at which steps do nothing to others by construction)",
                 {f"{LEAST:g} to 1": trend(found, _OTHERS, ALIKE, least=LEAST)},
                 below=0,
                 form="+.2f",
