@@ -234,7 +234,7 @@ def _figure(table: pd.DataFrame) -> str:
     others = [name for name in map(_surgery, (NONE, *SURGERIES)) if name in known]
     panels = []
     for game in dict.fromkeys(table["game"]):
-        for figure in (_REWARD, _OTHERS):
+        for figure, short in ((_REWARD, _REWARD), (_OTHERS, "others' losses")):
             where = (table["game"] == game) & (table["figure"] == figure)
             rows = table[where].set_index(_SCHEME)[["value", "low", "high"]]
             numbers = [Estimate(*row) for row in rows.reindex(dial).to_numpy()]
@@ -244,7 +244,7 @@ def _figure(table: pd.DataFrame) -> str:
             ]
             panels.append(
                 Panel(
-                    title=f"{game}: {figure}",
+                    title=f"{game}: {short}",
                     lines=[Line.of("coupling set by hand", numbers), *levels],
                     ticks=(0.0, 0.25, 0.5, 0.75, 1.0) if figure == _REWARD else ticks_for(numbers),
                 )
