@@ -142,6 +142,23 @@ def is_run(path: Path) -> bool:
     return any(os.path.isfile(path / name) for name in (RUN_FILE, RECORDS_FILE))
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for what is to be written, unless it is there.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        UsageError: If it can't be made, as below a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} can't be made: {error.strerror}. Choose another --out."
+        ) from None
+
+
 def check_no_links(folder: Path) -> None:
     """Refuse a folder in which a name leads elsewhere, so that a run stays within its own.
 
@@ -223,12 +240,7 @@ class RunWriter:
             _check_free(path)
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; a run needs a folder. Choose another --out.")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"{path} can't be made: {error.strerror}. Choose another --out."
-            ) from None
+        make_folder(path)
         check_no_links(path)
         self.path = path
         self.notes: list[str] = []

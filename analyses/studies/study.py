@@ -11,9 +11,9 @@ import yaml
 from analyses.studies.verdict import Verdict
 from gradlab.checks import Failed, check
 from gradlab.run import Run
-from gradlab.run_writer import write_atomically
+from gradlab.run_writer import make_folder, write_atomically
 from gradlab.versions import versions
-from trainers.sweeps import Sweep, find_sweep, make_engine, make_folder, plan_runs, run_sweep
+from trainers.sweeps import Sweep, find_sweep, make_engine, plan_runs, run_sweep
 
 Progress = Callable[[int, int], None]
 """Told of the parts done and the parts there are."""

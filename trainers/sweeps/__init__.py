@@ -5,7 +5,7 @@ from trainers.sweeps.engines import make_engine
 from trainers.sweeps.file import read_sweep
 from trainers.sweeps.local import LocalEngine
 from trainers.sweeps.plan import PlannedRun, plan_runs
-from trainers.sweeps.run import Sweep, find_sweep, make_folder, run_sweep
+from trainers.sweeps.run import Sweep, find_sweep, run_sweep
 from trainers.sweeps.task import State
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "Sweep",
     "find_sweep",
     "make_engine",
-    "make_folder",
     "plan_runs",
     "read_sweep",
     "run_sweep",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gradlab.checks import UsageError
 from gradlab.run import Run, open_run, runs_below
-from gradlab.run_writer import is_run, write_atomically
+from gradlab.run_writer import is_run, make_folder, write_atomically
 from trainers.checkpoints import newest_update
 from trainers.config import TrainConfig
 from trainers.sweeps.engine import Engine
@@ -87,23 +87,6 @@ def find_sweep(runs: Sequence[PlannedRun], out: Path) -> Sweep:
         folders[run.name] = folder
         states[run.name] = State(kind="kept" if done else "waiting")
     return Sweep(out=out, runs={run.name: run for run in runs}, folders=folders, states=states)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for what a sweep or a study writes, unless it is there.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        UsageError: If it can't be made, as below a file.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{folder} can't be made: {error.strerror}. Choose another --out."
-        ) from None
 
 
 def run_sweep(

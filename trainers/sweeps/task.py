@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from gradlab.checks import Failed, UsageError
-from gradlab.run_writer import check_no_links
+from gradlab.run_writer import check_no_links, make_folder
 from trainers.config import TrainConfig
 from trainers.train import train_run
 
@@ -56,9 +56,10 @@ def open_output(folder: Path) -> TextIO:
         The file.
 
     Raises:
-        UsageError: If a name in the folder leads elsewhere, where nothing is to be written.
+        UsageError: If the folder can't be made, or a name in it leads elsewhere, where nothing is to
+            be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     check_no_links(folder)
     return (folder / OUTPUT).open("a", encoding="utf-8", buffering=1)
 
