@@ -56,8 +56,8 @@ def open_output(folder: Path) -> TextIO:
         The file.
 
     Raises:
-        UsageError: If the folder can't be made, or a name in it leads elsewhere, where nothing is to
-            be written.
+        UsageError: If the folder can't be made, or a name in it leads elsewhere, where nothing is
+            to be written.
     """
     make_folder(folder)
     check_no_links(folder)
