@@ -1,9 +1,10 @@
 """The database of a run's records: what it is made by, and how one from anybody is opened."""
 
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from gradlab.checks import UsageError
@@ -92,6 +93,21 @@ def check_journal(file: Path) -> None:
         )
 
 
+def status_of(file: Path) -> os.stat_result | None:
+    """Look a file up.
+
+    Args:
+        file: Its path.
+
+    Returns:
+        Its size, times and so on; None if it can't be looked up.
+    """
+    try:
+        return file.stat()
+    except OSError:
+        return None
+
+
 def most_stored(file: Path) -> int:
     """Tell how many bytes of records a database can hold.
 
@@ -103,13 +119,8 @@ def most_stored(file: Path) -> int:
         meanwhile.
     """
     names = (file.name, f"{file.name}-wal")
-    return _MEANWHILE + sum(_size(file.with_name(name)) for name in names)
-
-
-def _size(file: Path) -> int:
-    with suppress(OSError):
-        return file.stat().st_size
-    return 0
+    statuses = (status_of(file.with_name(name)) for name in names)
+    return _MEANWHILE + sum(status.st_size for status in statuses if status is not None)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sqlite3
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from jaxtyping import Int
 
 from gradlab.axes import misfit
 from gradlab.checks import UsageError
-from gradlab.database import bounded, is_ours, most_stored
+from gradlab.database import bounded, is_ours, most_stored, status_of
 from gradlab.run_writer import LARGEST_INFO, RECORDS_FILE, SCHEMA
 
 LAST_UPDATE = 2**63 - 1
@@ -98,21 +97,6 @@ def _are_labels(labels: object) -> bool:
 def _check_fits(found: int, most: int) -> None:
     if found > most:
         raise sqlite3.DatabaseError("its records are larger than the file")
-
-
-def status_of(file: Path) -> os.stat_result | None:
-    """Look a file up.
-
-    Args:
-        file: Its path.
-
-    Returns:
-        Its size, times and so on; None if it can't be looked up.
-    """
-    try:
-        return file.stat()
-    except OSError:
-        return None
 
 
 def check_schema(file: Path, schema: object) -> None:

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from jaxtyping import Int
 
 from gradlab.checks import UsageError, unknown_name
-from gradlab.records import LAST_UPDATE, Described, Records, check_schema, status_of
+from gradlab.database import status_of
+from gradlab.records import LAST_UPDATE, Described, Records, check_schema
 from gradlab.run_writer import (
     LARGEST_INFO,
     LOCK_FILE,
