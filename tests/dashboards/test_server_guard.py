@@ -1,7 +1,9 @@
+import http.client
 import importlib
 import socket
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -171,9 +173,13 @@ def test_who_sends_a_request_bit_by_bit_is_let_go(monkeypatch):
             slow.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000\r\n\r\n")
             with pytest.raises(ConnectionError):
                 trickle(slow)
-        with socket.create_connection(address, timeout=30) as quick:
+        with closing(http.client.HTTPConnection(*address, timeout=30)) as quick:
+            quick.connect()
+            kept = quick.sock
             for _ in range(15):  # many requests in a connection may take as long as they like
-                quick.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                assert quick.recv(1000).startswith(b"HTTP/1.1 200")
+                quick.request("GET", "/")
+                answer = quick.getresponse()
+                assert (answer.status, answer.read()) == (200, b"/")
+                assert quick.sock is kept
                 time.sleep(0.1)
         server.close()
