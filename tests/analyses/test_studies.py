@@ -409,14 +409,15 @@ def test_one_of_several_equal_methods_seldom_speaks_against_a_claim():
         Estimate(*(float(array[n]) for array in found.interval), found.drawn[n])
         for n in range(trials * several)
     ]
-    claims = [dict(enumerate(gaps[n : n + several])) for n in range(0, len(gaps), several)]
+    firsts = range(0, len(gaps), several)
+    claims = [{str(n): gaps[first + n] for n in range(several)} for first in firsts]
     against = [judge("more", claim, above=0).outcome == "not supported" for claim in claims]
     alone = [any(gap.high < 0 for gap in claim.values()) for claim in claims]
     # at most 5 %, within three standard errors
     assert np.mean(against) <= 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
     assert np.mean(alone) > 0.05 > np.mean(against)
     values = random.normal(size=10)
-    opposite = claims[0] | {several: difference(values.tolist(), (values + 5).tolist())}
+    opposite = claims[0] | {"opposite": difference(values.tolist(), (values + 5).tolist())}
     assert judge("more", opposite, above=0).outcome == "not supported"
 
 
