@@ -206,7 +206,8 @@ def updates_at(of: RunTables, frames: np.ndarray) -> np.ndarray:
         frames: Environment frames.
 
     Returns:
-        For each the first update that had at least so many frames, NaN if none is known.
+        For each the first of those that are looked at that had at least so many frames, NaN if none
+        is known.
     """
     updates, known = of.frames
     if not len(known):

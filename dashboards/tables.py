@@ -44,7 +44,8 @@ class Limits:
 ALL = Limits()
 """For a notebook, which asks for one figure at a time."""
 
-_CLOCK = "frames"  # of which all is read: it places all else in time
+_CLOCK = "frames"  # places all else in time
+_TOLD = 20_000  # of its records that were looked up one by one
 MOST_AGENTS = 1000  # all pairs of which can be chosen from
 DATED = ("cosine", "embedding_actor", "embedding_critic", "snd")
 """Quantities whose updates the slider stops at."""
@@ -77,6 +78,7 @@ class RunTables:
         # Given away by a table that is not read any more, and by this one as it is read again:
         # else all that is held would be held twice.
         self._before = before._read if before is not None else {}
+        self._told: dict[int, float] = before._told if before is not None else {}
         self._places: dict[str, dict[str, dict[Any, int]]] = {}
         self._kept: dict[object, Any] = {}
 
@@ -151,8 +153,8 @@ class RunTables:
             self._read[quantity] = read_thinned(
                 self.run,
                 quantity,
-                most=10**12 if quantity == _CLOCK else self.limits.read,
-                held=10**12 if quantity == _CLOCK else self.limits.held,
+                most=self.limits.read,
+                held=self.limits.held,
                 before=self._before.pop(quantity, None),
             )
         return self._read[quantity]
@@ -261,7 +263,7 @@ class RunTables:
 
     @cached_property
     def frames(self) -> tuple[np.ndarray, np.ndarray]:
-        """Updates whose frames are known, and the cumulative environment frames at their ends."""
+        """Updates that are looked at, and the cumulative environment frames at their ends."""
         array = self.array(_CLOCK)
         if array is None:
             return np.empty(0, np.int64), np.empty(0)
@@ -279,10 +281,26 @@ class RunTables:
             Their frames, NaN where they are not known.
         """
         known, frames = self.frames
-        if not len(known):
-            return np.full(len(updates), np.nan)
-        places = np.searchsorted(known, updates).clip(max=len(known) - 1)
-        return np.where(known[places] == updates, frames[places], np.nan)
+        found = np.full(len(updates), np.nan)
+        if len(known):
+            places = np.searchsorted(known, updates).clip(max=len(known) - 1)
+            found = np.where(known[places] == updates, frames[places], np.nan)
+        missing = np.isnan(found)
+        if missing.any() and self.count(_CLOCK) > len(known):
+            found[missing] = self._told_of(updates[missing].tolist())
+        return found
+
+    def _told_of(self, updates: list[int]) -> list[float]:
+        """Frames at updates at which the clock itself is not among what is looked at."""
+        missing = sorted(set(updates) - self._told.keys())
+        if missing:
+            if len(self._told) > _TOLD:
+                self._told.clear()
+            found = self.run.quantity(_CLOCK, at=missing)
+            frames = found.to_numpy().astype(float).tolist()
+            told = zip(found["update"].to_numpy().tolist(), frames, strict=True)
+            self._told.update((update, frame) for update, frame in told if np.isfinite(frame))
+        return [self._told.get(update, np.nan) for update in updates]
 
 
 def _place(updates: np.ndarray, wanted: object) -> int:

@@ -8,9 +8,10 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dashboards.colours import Mark
 from dashboards.live.runs import RunIndex
 from dashboards.live.watch import Watched
-from dashboards.tables import Limits
+from dashboards.tables import ALL, Limits, RunTables
 from dashboards.thinned import read_thinned
 from gradlab.quantity import Quantity
 from gradlab.run import open_run
@@ -104,13 +105,38 @@ def test_what_a_view_holds_of_a_run_does_not_grow_with_it(tmp_path, write_run, m
                 watched.page()
                 watched.figures("", parts)
                 (tables,) = watched._view.runs.values()
-                read = {name: known for name, known in tables._read.items() if name != "frames"}
+                read = tables._read
                 held.append({name: known.array.sizes["update"] for name, known in read.items()})
                 # What was read before is held no more by what was read after.
                 assert not tables._before.keys() & read.keys()
     assert held[0].keys() == held[1].keys()
     assert len(held[0]) > 5
     assert max(max(sizes.values()) for sizes in held) <= 8
+
+
+def test_frames_are_known_at_every_update_whatever_is_held_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("dashboards.tables._TOLD", 3)
+    frames = np.cumsum(np.arange(1.0, 41.0))
+    lost = 7
+    before = None
+    with RunWriter(tmp_path / "r") as writer:
+        for update, so_far in enumerate(frames):
+            if update != lost:
+                writer.write(update, {"frames": Quantity.scalar(so_far)})
+            if update not in {20, 39}:
+                continue
+            run = open_run(tmp_path / "r")
+            for limits in (Limits(read=MOST), ALL):
+                tables = RunTables(run, Mark("r", "#000000", "circle"), limits, before)
+                for wanted in ([update, 3, 5], [lost], range(update + 1), [], [1000]):
+                    wanted = np.array(wanted, int)
+                    at = np.where((wanted > update) | (wanted == lost), np.nan, 0)
+                    at[at == 0] = frames[wanted[at == 0]]
+                    np.testing.assert_array_equal(tables.frames_at(wanted), at)
+                held = len(tables.frames[0])
+                assert held <= MOST if limits is not ALL else held == update
+            before = RunTables(run, Mark("r", "#000000", "circle"), Limits(read=MOST))
+            before.frames_at(np.arange(update))
 
 
 def test_drawn_figures_are_kept_up_to_a_size(tmp_path, write_run, monkeypatch):
