@@ -17,7 +17,7 @@ from waitress.server import BaseWSGIServer, create_server
 
 from dashboards.live.app import make_app, policy
 from dashboards.live.guard import LARGEST_BODY, LOOPBACK, Application, Guard
-from dashboards.live.heap import share_one_heap
+from dashboards.live.heap import configure_heap
 from dashboards.live.runs import RunIndex
 from gradlab.checks import UsageError, check
 
@@ -49,7 +49,7 @@ def serve(
     """
     check(bool(host), "host", "be a name or address of this machine", host)
     check(0 <= port <= 65535, "port", "be from 0 to 65535, 0 for any that is free", port)
-    share_one_heap()
+    configure_heap()
     index = RunIndex(folders)
     listener, local = _listen(host, port)
     try:
