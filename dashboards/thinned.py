@@ -63,10 +63,7 @@ def read_thinned(
         places = np.concatenate([before.places, places])
     number = np.ones(len(updates), bool)
     if not axes and stride > 1:
-        told = run.quantity(quantity, since=since)
-        if before is not None:
-            told = _joined(before.array, told)
-        number = np.isin(updates, told["update"].to_numpy()[np.isfinite(told.to_numpy())])
+        number = _numbers(run, quantity, updates, places // stride, before)
     kept = _kept(places, number, stride)
     small = len(kept) * math.prod(map(len, axes.values())) * 8 <= held
     if small:
@@ -82,6 +79,33 @@ def _stride(count: int, most: int) -> int:
     while count > most and -(-count // stride) >= most:
         stride *= 2
     return stride
+
+
+def _numbers(
+    run: Run,
+    quantity: str,
+    updates: Int[np.ndarray, " record"],
+    stretch: Int[np.ndarray, " record"],
+    before: Thinned | None,
+) -> Bool[np.ndarray, " record"]:
+    """Tell which records are numbers; where the first of a stretch is one, the others may be."""
+    number, unread = np.ones((2, len(updates)), bool)
+    if before is not None:
+        had = slice(before.array.sizes["update"])
+        number[had] = np.isfinite(before.array.to_numpy())
+        unread[had] = False
+
+    def read(records: Bool[np.ndarray, " record"]) -> None:
+        wanted = records & unread
+        told = run.quantity(quantity, at=updates[wanted].tolist())
+        finite = told["update"].to_numpy()[np.isfinite(told.to_numpy())]
+        number[wanted] = np.isin(updates[wanted], finite)
+        unread[wanted] = False
+
+    first = np.diff(stretch, prepend=-1) > 0
+    read(first)
+    read(np.isin(stretch, stretch[first & ~number]))
+    return number
 
 
 def _kept(
