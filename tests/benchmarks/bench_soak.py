@@ -6,7 +6,10 @@ the end. Resident memory of trainer and server is read while they work; its slop
 second half of the updates. Then the run is opened, with 100,000 updates or as many as were done in
 `--minutes`, after which the training is asked to stop.
 
-    python tests/benchmarks/bench_soak.py [--updates N] [--minutes M]
+With `--opened-at N` only the last is done anew, for a machine that was not quiet then: of a run of
+`--updates`, whose records are repeated until there are N updates.
+
+    python tests/benchmarks/bench_soak.py [--updates N] [--minutes M] [--opened-at N]
 """
 
 import argparse
@@ -22,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_dashboard import browsing, served
-from measure import resident, write
+from measure import RESULTS, resident, write
 from reader import Reader
 
 from gradlab.run import open_run
@@ -43,6 +46,7 @@ GAME = {
     "ppo.minibatches": 1,
 }
 LIMITS = {"seconds to open": 2, "MiB per 100,000 updates": 10}
+PACKAGES = ("torch", "numpy", "plotly", "dash")
 
 
 def newest(records):
@@ -155,11 +159,41 @@ def opening(folder):
     }
 
 
+def lengthen(folder, updates):
+    """Repeat the records of a run until it has so many updates."""
+    with closing(sqlite3.connect(folder / "records.sqlite")) as database:
+        (length,) = database.execute('SELECT max("update") + 1 FROM record').fetchone()
+        for first in range(length, updates, length):
+            query = 'INSERT INTO record SELECT quantity, "update" + ?, array FROM record'
+            database.execute(f'{query} WHERE "update" < ?', (first, min(length, updates - first)))
+        database.commit()
+
+
+def reopen(folder, recorded, updates):
+    """What it takes to open a run of so many updates, of which some were recorded by a training."""
+    command = [sys.executable, "-m", "gradlab", "train", "--out", str(folder)]
+    for name, value in (GAME | {"frames": recorded * COPIES * STEPS}).items():
+        command += [f"--{name}", str(value)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    lengthen(folder, updates)
+    return {"updates": newest(folder / "records.sqlite") + 1, "recorded": recorded} | {
+        "seconds": opening(folder)
+    }
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--updates", type=int, default=100_000)
     parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--opened-at", type=int)
     options = parser.parse_args()
+    if options.opened_at:
+        with tempfile.TemporaryDirectory() as temporary:
+            again = reopen(Path(temporary) / "run", options.updates, options.opened_at)
+        print(json.dumps(again, indent=2))
+        found = json.loads((RESULTS / "soak.json").read_text())["rows"] | {"opened anew": again}
+        write("soak", found, packages=PACKAGES)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         done, rows, followed = soak(folder, options.updates, options.minutes)
@@ -174,7 +208,7 @@ def main():
             "samples": rows[:: max(1, len(rows) // 60)],
         }
     print(json.dumps({k: v for k, v in found.items() if k != "samples"}, indent=2))
-    write("soak", found, packages=("torch", "numpy", "plotly", "dash"))
+    write("soak", found, packages=PACKAGES)
 
 
 if __name__ == "__main__":

@@ -481,13 +481,24 @@ def soak():
     for name, what in (opened | further).items():
         limit = f"{limits['seconds to open']} s" if name in opened else ""
         rows.append((f"then: {what}", f"{found['seconds'][name]:.2f} s", limit))
+    again = found.get("opened anew")
+    for name, what in (opened | further).items() if again else ():
+        limit = f"{limits['seconds to open']} s" if name in opened else ""
+        rows.append((f"by itself: {what}", f"{again['seconds'][name]:.2f} s", limit))
     return (
         f"## A long run\n\n{found['updates']:,} updates of a small game in {found['minutes']:.0f} "
         "minutes, each diagnosed in full, its served dashboard followed from beginning to end by what "
         "asks as an open page does: it was told of something new "
         f"{found['followed']['pages']:,} times, waited {found['followed']['slowest answer, s']:.2f} s "
-        "at most, and had the last update when the training had stopped. Other work shared the "
-        "machine, at a lower priority.\n\n"
+        "at most, and had the last update when the training had stopped. Tests kept the machine's "
+        "cores busy all the while."
+        + (
+            f" *By itself*: opened without other work, of {again['recorded']:,} recorded updates "
+            f"that were repeated until there were {again['updates']:,}."
+            if again
+            else ""
+        )
+        + "\n\n"
         + table(("what", "measured", "aim"), rows)
         + provenance(record)
     )
