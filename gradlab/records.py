@@ -215,9 +215,11 @@ class Records:
             # `substr` reads a record up to what it takes; type and length are told without.
             part = "substr(array, :start + 1, :count)" if count else "x''"
             among = "" if at is None else 'AND "update" IN (SELECT value FROM json_each(:at)) '
+            # By the + few records are looked up one by one, rather than all between gone through.
+            between = '"update"' if at is None else '+"update"'
             query = (
                 f'SELECT "update", {part} FROM record WHERE quantity = :name '
-                'AND "update" BETWEEN :since AND :until AND typeof("update") = \'integer\' '
+                f'AND {between} BETWEEN :since AND :until AND typeof("update") = \'integer\' '
                 f"AND typeof(array) = 'blob' AND length(array) = :size {among}"
                 f'ORDER BY "update" {"DESC" if newest else ""} LIMIT :most'
             )
