@@ -493,8 +493,9 @@ def soak():
         "at most, and had the last update when the training had stopped. Tests kept the machine's "
         "cores busy all the while."
         + (
-            f" *By itself*: opened without other work, of {again['recorded']:,} recorded updates "
-            f"that were repeated until there were {again['updates']:,}."
+            " *By itself*: opened later, without other work, since when chosen records are looked up "
+            f"by the index; of {again['recorded']:,} recorded updates that were repeated until there "
+            f"were {again['updates']:,}."
             if again
             else ""
         )
