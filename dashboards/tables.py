@@ -292,10 +292,10 @@ class RunTables:
 
     def _told_of(self, updates: list[int]) -> list[float]:
         """Frames at updates at which the clock itself is not among what is looked at."""
+        if len(self._told) > _TOLD:
+            self._told.clear()
         missing = sorted(set(updates) - self._told.keys())
         if missing:
-            if len(self._told) > _TOLD:
-                self._told.clear()
             found = self.run.quantity(_CLOCK, at=missing)
             frames = found.to_numpy().astype(float).tolist()
             told = zip(found["update"].to_numpy().tolist(), frames, strict=True)

@@ -215,7 +215,7 @@ class Records:
             # `substr` reads a record up to what it takes; type and length are told without.
             part = "substr(array, :start + 1, :count)" if count else "x''"
             among = "" if at is None else 'AND "update" IN (SELECT value FROM json_each(:at)) '
-            # By the + few records are looked up one by one, rather than all between gone through.
+            # The + has SQLite look chosen records up, rather than go through all between.
             between = '"update"' if at is None else '+"update"'
             query = (
                 f'SELECT "update", {part} FROM record WHERE quantity = :name '

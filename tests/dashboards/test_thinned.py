@@ -128,7 +128,7 @@ def test_frames_are_known_at_every_update_whatever_is_held_of_them(tmp_path, mon
             run = open_run(tmp_path / "r")
             for limits in (Limits(read=MOST), ALL):
                 tables = RunTables(run, Mark("r", "#000000", "circle"), limits, before)
-                for wanted in ([update, 3, 5], [lost], range(update + 1), [], [1000]):
+                for wanted in ([update, 3, 5], [lost], range(update + 1), [3, lost], [], [1000]):
                     wanted = np.array(wanted, int)
                     at = np.where((wanted > update) | (wanted == lost), np.nan, 0)
                     at[at == 0] = frames[wanted[at == 0]]
