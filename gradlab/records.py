@@ -219,7 +219,7 @@ class Records:
             between = '"update"' if at is None else '+"update"'
             query = (
                 f'SELECT "update", {part} FROM record WHERE quantity = :name '
-                f'AND {between} BETWEEN :since AND :until AND typeof("update") = \'integer\' '
+                f"AND {between} BETWEEN :since AND :until AND typeof(\"update\") = 'integer' "
                 f"AND typeof(array) = 'blob' AND length(array) = :size {among}"
                 f'ORDER BY "update" {"DESC" if newest else ""} LIMIT :most'
             )
