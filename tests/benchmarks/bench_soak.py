@@ -9,7 +9,7 @@ second half of the updates. Then the run is opened, with 100,000 updates or as m
 With `--opened-at N` only the last is done anew, for a machine that was not quiet then: of a run of
 `--updates`, whose records are repeated until there are N updates.
 
-    python tests/benchmarks/bench_soak.py [--updates N] [--minutes M] [--opened-at N]
+    python tests/benchmarks/bench_soak.py [--updates N] [--minutes M] [--opened-at N] [--note WORDS]
 """
 
 import argparse
@@ -186,13 +186,15 @@ def main():
     parser.add_argument("--updates", type=int, default=100_000)
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--opened-at", type=int)
+    parser.add_argument("--note", help="said beside the results")
     options = parser.parse_args()
     if options.opened_at:
         with tempfile.TemporaryDirectory() as temporary:
             again = reopen(Path(temporary) / "run", options.updates, options.opened_at)
         print(json.dumps(again, indent=2))
-        found = json.loads((RESULTS / "soak.json").read_text())["rows"] | {"opened anew": again}
-        write("soak", found, packages=PACKAGES)
+        record = json.loads((RESULTS / "soak.json").read_text())
+        found = record["rows"] | {"opened anew": again}
+        write("soak", found, note=options.note or record.get("note"), packages=PACKAGES)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
@@ -208,7 +210,7 @@ def main():
             "samples": rows[:: max(1, len(rows) // 60)],
         }
     print(json.dumps({k: v for k, v in found.items() if k != "samples"}, indent=2))
-    write("soak", found, packages=PACKAGES)
+    write("soak", found, note=options.note, packages=PACKAGES)
 
 
 if __name__ == "__main__":

@@ -478,28 +478,21 @@ def soak():
         "gradlab conflict": "`gradlab conflict`, whole process",
         "dashboard drawn in a browser": "the dashboard drawn in a browser that is started",
     }
-    for name, what in (opened | further).items():
-        limit = f"{limits['seconds to open']} s" if name in opened else ""
-        rows.append((f"then: {what}", f"{found['seconds'][name]:.2f} s", limit))
-    again = found.get("opened anew")
-    for name, what in (opened | further).items() if again else ():
-        limit = f"{limits['seconds to open']} s" if name in opened else ""
-        rows.append((f"by itself: {what}", f"{again['seconds'][name]:.2f} s", limit))
+    anew = found.get("opened anew")
+    for when, seconds in {"then": found["seconds"], "anew": anew and anew["seconds"]}.items():
+        for name, what in (opened | further).items() if seconds else ():
+            limit = f"{limits['seconds to open']} s" if name in opened else ""
+            rows.append((f"{when}: {what}", f"{seconds[name]:.2f} s", limit))
+    repeated = anew and (
+        f" *Anew*: opened later, a run of {anew['recorded']:,} recorded updates that were repeated "
+        f"until there were {anew['updates']:,}."
+    )
     return (
         f"## A long run\n\n{found['updates']:,} updates of a small game in {found['minutes']:.0f} "
         "minutes, each diagnosed in full, its served dashboard followed from beginning to end by what "
         "asks as an open page does: it was told of something new "
         f"{found['followed']['pages']:,} times, waited {found['followed']['slowest answer, s']:.2f} s "
-        "at most, and had the last update when the training had stopped. Tests kept the machine's "
-        "cores busy all the while."
-        + (
-            " *By itself*: opened later, without other work, since when chosen records are looked up "
-            f"by the index; of {again['recorded']:,} recorded updates that were repeated until there "
-            f"were {again['updates']:,}."
-            if again
-            else ""
-        )
-        + "\n\n"
+        f"at most, and had the last update when the training had stopped.{repeated or ''}\n\n"
         + table(("what", "measured", "aim"), rows)
         + provenance(record)
     )
